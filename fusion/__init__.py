@@ -1,0 +1,35 @@
+"""Merging convolutional networks: pools, algorithms, and what came out.
+
+The public names are resolved on first use, so that ``import fusion`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fusion.errors import UserError
+    from fusion.method.base import BaseAlgorithm
+    from fusion.modelpool.base import BaseModelPool
+    from fusion.taskpool.base import BaseTaskPool
+
+__version__ = "0.1.0"
+__all__ = ["BaseAlgorithm", "BaseModelPool", "BaseTaskPool", "UserError", "__version__"]
+
+_HOMES = {
+    "BaseAlgorithm": "fusion.method.base",
+    "BaseModelPool": "fusion.modelpool.base",
+    "BaseTaskPool": "fusion.taskpool.base",
+    "UserError": "fusion.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fusion' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

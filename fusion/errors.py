@@ -1,0 +1,20 @@
+"""What a user did wrong, in one clear sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake of the caller: what is wrong, where, and the cure.
+
+    The command line prints the message alone and exits with code 2; everything else that is
+    raised counts as an internal error and keeps its traceback.
+    """
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
