@@ -1,0 +1,1 @@
+"""Every plot and table that a person looks at."""
