@@ -1,0 +1,8 @@
+"""The CNNs of ours, and what every CNN is made of: its layers in forward order and its head."""
+
+from __future__ import annotations
+
+from fusion.models.cifar_resnet import CifarResNet
+from fusion.models.separable_resnet import SeparableResNet
+
+__all__ = ["CifarResNet", "SeparableResNet"]

@@ -1,0 +1,119 @@
+"""A residual network of depthwise-separable convolutions for small images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusion.errors import UserError
+
+STAGES = ((64, 3), (128, 4), (256, 3))  # (channels, residual blocks) at width 1
+FULLY_CONNECTED = (512, 256, 128, 64)  # at width 1
+
+
+class SeparableResNet(nn.Module):
+    """Depthwise-separable residual CNN; 944,494 parameters as it stands by default.
+
+    A separable stem, three stages of 3, 4 and 3 residual blocks at 64, 128 and 256 channels, with
+    2×2 max-pooling and a separable convolution between stages; global average pooling, four fully
+    connected layers of 512, 256, 128 and 64 with batch norm (dropout after the first three) and a
+    linear head. Every convolution has a bias and is followed by batch norm.
+
+    Args:
+        num_classes: size of the output.
+        in_channels: channels of the images, whose sides may be anything from 4 pixels.
+        width: factor on all channels and on the fully connected layers.
+        dropout: probability with which a unit of the first three fully connected layers drops out.
+
+    Raises:
+        UserError: if an option is outside its range.
+
+    Shapes: ``forward`` takes (N, in_channels, H, W), gives logits (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: float = 1.0,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or in_channels < 1 or width <= 0:
+            raise UserError(
+                "SeparableResNet: num_classes, in_channels and width must be positive, not "
+                f"{num_classes}, {in_channels} and {width}"
+            )
+        if not 0 <= dropout < 1:
+            raise UserError(f"SeparableResNet: dropout must lie in [0, 1), not {dropout}")
+
+        channels = in_channels
+        stages: list[nn.Module] = []
+        for base_channels, blocks in STAGES:
+            entry = SeparableConv(channels, _scaled(base_channels, width))
+            channels = _scaled(base_channels, width)
+            stages.append(
+                nn.Sequential(
+                    # the entry of the first stage is the stem, that of the others a transition
+                    *([nn.MaxPool2d(2)] if stages else []),
+                    entry,
+                    nn.ReLU(),
+                    *(SeparableBlock(channels) for _ in range(blocks)),
+                )
+            )
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+        classifier: list[nn.Module] = []
+        for index, base_features in enumerate(FULLY_CONNECTED):
+            features = _scaled(base_features, width)
+            classifier += [nn.Linear(channels, features), nn.BatchNorm1d(features), nn.ReLU()]
+            if index < len(FULLY_CONNECTED) - 1:
+                classifier.append(nn.Dropout(dropout))
+            channels = features
+        self.classifier = nn.Sequential(*classifier)
+        self.head = nn.Linear(channels, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
+        x = self.pool(self.stages(x)).flatten(1)
+        return self.head(self.classifier(x))  # type: ignore[no-any-return]
+
+
+class SeparableConv(nn.Module):
+    """A 3×3 depthwise and a 1×1 pointwise convolution, each with batch norm, ReLU between them."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels)
+        self.depthwise_norm = nn.BatchNorm2d(in_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        self.pointwise_norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, out_channels, H, W)."""
+        x = F.relu(self.depthwise_norm(self.depthwise(x)))
+        return self.pointwise_norm(self.pointwise(x))  # type: ignore[no-any-return]
+
+
+class SeparableBlock(nn.Module):
+    """Two separable convolutions, added to the block's input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = SeparableConv(channels, channels)
+        self.second = SeparableConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, channels, H, W) to the same shape."""
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def _scaled(size: int, width: float) -> int:
+    return max(1, round(size * width))
