@@ -1,0 +1,53 @@
+"""Kernels on tensors and state dicts: arithmetic, interpolation, TIES, streaming over checkpoints.
+
+Everything here is plain torch: it knows no models, no pools and no configuration.
+"""
+
+from fusion.weights.linear import lerp, weighted_mean
+from fusion.weights.safetensors_file import (
+    SafetensorsSource,
+    load_safetensors,
+    read_metadata,
+    save_safetensors,
+)
+from fusion.weights.source import ModuleSource, TensorInfo, TensorSource
+from fusion.weights.spherical import slerp, spherical_mean
+from fusion.weights.state_dict import (
+    StateDict,
+    require_same_keys,
+    state_dict_add,
+    state_dict_avg,
+    state_dict_mul,
+    state_dict_sub,
+    state_dict_to_vector,
+    state_dict_weighted_sum,
+    trainable_state_dict,
+    vector_to_state_dict,
+)
+from fusion.weights.ties_merging import ties, trim
+
+__all__ = [
+    "ModuleSource",
+    "SafetensorsSource",
+    "StateDict",
+    "TensorInfo",
+    "TensorSource",
+    "lerp",
+    "load_safetensors",
+    "read_metadata",
+    "require_same_keys",
+    "save_safetensors",
+    "slerp",
+    "spherical_mean",
+    "state_dict_add",
+    "state_dict_avg",
+    "state_dict_mul",
+    "state_dict_sub",
+    "state_dict_to_vector",
+    "state_dict_weighted_sum",
+    "ties",
+    "trainable_state_dict",
+    "trim",
+    "vector_to_state_dict",
+    "weighted_mean",
+]

@@ -1,0 +1,111 @@
+"""Tensors by name that are read piece by piece, wherever they lie."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        shape: its size along each dimension.
+        dtype: the type of its elements.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the elements in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorSource(Mapping[str, Tensor]):
+    """The tensors of one model: a mapping from state-dict keys that need not lie in memory.
+
+    ``source[name]`` reads a tensor whole. ``read`` gives a part of it as a flat vector, so that
+    a loop over parts needs memory for a part only.
+    """
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of the tensor ``name`` without reading it.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the elements ``start`` to ``stop`` of the tensor ``name``, flattened in C order.
+
+        Like a slice, it stops at the end of the tensor. The result may share memory with the
+        source: do not write to it.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.info(name)
+        return self.read(name, 0, info.numel).reshape(info.shape)
+
+
+class ModuleSource(TensorSource):
+    """The state dict of a module as a source; it shows the module's own tensors, not copies.
+
+    Raises:
+        UserError: the module keeps extra state that is not a tensor.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        for name, tensor in module.state_dict().items():
+            if not isinstance(tensor, Tensor):
+                raise UserError(
+                    f"'{name}' of {type(module).__name__} is extra state of the type "
+                    f"{type(tensor).__name__}; only tensors can be merged"
+                )
+            self._tensors[name] = tensor.detach()
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of the tensor ``name``."""
+        tensor = self._tensors[name]
+        return TensorInfo(tuple(tensor.shape), tensor.dtype)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of the tensor ``name`` as a vector in C order."""
+        tensor = self._tensors[name]
+        if tensor.is_contiguous():
+            return tensor.view(-1)[start:stop]
+        # Another memory format must be copied to be flat: only the rows that the part touches.
+        stop = min(stop, tensor.numel())
+        row = tensor.numel() // len(tensor)
+        first = start // row
+        rows = tensor[first : -(-stop // row)].reshape(-1)
+        return rows[start - first * row : stop - first * row]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

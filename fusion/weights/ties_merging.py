@@ -1,0 +1,84 @@
+"""Trim, elect, merge: TIES (Yadav et al., 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusion.errors import UserError
+from fusion.weights.operands import normalised_weights, working_operands
+
+
+def ties(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    *,
+    density: float,
+    scale: float = 1.0,
+) -> Tensor:
+    """Merge the changes from ``base`` to ``tensors`` without the small and the outvoted ones.
+
+    TIES-Merging (Yadav et al., arXiv 2306.01708, section 3): each change is trimmed to its largest
+    entries (``trim``); every entry elects the sign with the larger weighted mass; the weighted
+    mean runs over the changes of that sign alone; ``scale`` (λ of the paper) times it is added to
+    ``base``. An entry whose masses cancel exactly, or that nobody keeps, stays as in ``base``.
+
+    The paper trims over all weights of a network at once, this function over the tensors it is
+    given: pass ``state_dict_to_vector`` of the networks for the paper's rule.
+
+    Args:
+        base: floating-point tensor of any shape.
+        tensors: the fine-tuned tensors, each of the shape of ``base``.
+        weights: one finite, non-negative number for each tensor, equal by default; only their
+            ratios count.
+        density: share of the entries of each change that is kept, in (0, 1].
+        scale: factor of the merged change.
+
+    Returns:
+        A new tensor, computed in float32 or better, in the dtype of ``base``.
+
+    Raises:
+        UserError: shapes, dtypes, weights or a density that have no meaning here.
+    """
+    if not tensors:
+        raise UserError("there is nothing to merge: give at least one tensor beside the base")
+    start, *ends = working_operands([base, *tensors])
+    shares = normalised_weights(weights, len(ends))
+    changes = [trim(end - start, density) for end in ends]
+
+    mass = torch.zeros_like(start)
+    for change, share in zip(changes, shares, strict=True):
+        mass.add_(change, alpha=share)
+    elected = mass.sign()
+
+    total = torch.zeros_like(start)
+    voices = torch.zeros_like(start)
+    for change, share in zip(changes, shares, strict=True):
+        agrees = (change.sign() == elected) & (elected != 0)
+        total.add_(torch.where(agrees, change, 0), alpha=share)
+        voices.add_(agrees, alpha=share)
+    merged = total / voices.where(voices > 0, 1)
+    return start.add(merged, alpha=float(scale)).to(base.dtype)
+
+
+def trim(change: Tensor, density: float) -> Tensor:
+    """Zero all but the ceil(density · n) entries of ``change`` with the largest magnitude.
+
+    Entries as large as the smallest one kept are all kept, so that the result depends neither on
+    the order of the entries nor on the memory format.
+
+    Raises:
+        UserError: ``density`` is not in (0, 1].
+    """
+    if not 0 < density <= 1:
+        raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")
+    magnitude = change.abs()
+    dropped = change.numel() - math.ceil(density * change.numel())
+    if dropped == 0:
+        return change
+    threshold = magnitude.flatten().kthvalue(dropped + 1).values
+    return torch.where(magnitude >= threshold, change, 0)
