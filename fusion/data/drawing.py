@@ -1,0 +1,39 @@
+"""A few images of a set, drawn at random and fairly among the classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusion.data.image_tensors import ImageTensors
+from fusion.data.seeds import seed_from
+from fusion.errors import UserError
+
+
+def few(dataset: ImageTensors, n: int, *, seed: int = 0, stratified: bool = True) -> ImageTensors:
+    """Return ``n`` images drawn without replacement, in random order; all if there are fewer.
+
+    Args:
+        dataset: the set to draw from.
+        n: how many images.
+        seed: the same seed draws the same images; a larger ``n`` extends the draw.
+        stratified: take turns among the classes, so that their counts differ by one at most
+            while no class is exhausted; otherwise every image is as likely as any other.
+
+    Raises:
+        UserError: ``n`` is below 1.
+    """
+    if n < 1:
+        raise UserError(f"n: {n} images were asked for; give 1 or more")
+    labels = dataset.labels.cpu() if stratified else torch.zeros(len(dataset))
+    return dataset.select(stratified_order(labels, seed_from(seed, "few"))[:n])
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return a random order of the indices of ``labels`` in which the classes take turns."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    turn = torch.empty_like(order)
+    for label in torch.unique(labels):
+        of_label = labels[order] == label
+        turn[of_label] = torch.arange(int(of_label.sum()))
+    return order[turn.argsort(stable=True)]
