@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusion.models.cifar_resnet import CifarResNet
+from fusion.models.layers import Layer, find_layers
 from fusion.models.separable_resnet import SeparableResNet
 
-__all__ = ["CifarResNet", "SeparableResNet"]
+__all__ = ["CifarResNet", "Layer", "SeparableResNet", "find_layers"]

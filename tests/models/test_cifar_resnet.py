@@ -84,7 +84,7 @@ def test_its_graph_computes_what_it_computes(shortcut: str) -> None:
     assert torch.equal(fx.symbolic_trace(model)(images), model(images))
 
 
-@pytest.mark.parametrize("depth", [2, 7, 18, 50])
+@pytest.mark.parametrize("depth", [2, 7, 18, 51])
 def test_a_depth_that_is_not_6n_plus_2(depth: int) -> None:
     with pytest.raises(UserError, match=rf"6n\+2.*not {depth}"):
         CifarResNet(depth)
