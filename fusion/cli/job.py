@@ -1,0 +1,133 @@
+"""One job: the composed configuration becomes plain mappings and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from fusion.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
+_GROUPS = ("method", "modelpool", "taskpool", "fabric")
+_TYPES: dict[str, type] = {
+    "seed": int,
+    "overwrite": bool,
+    "fast_dev_run": bool,
+    "dry_run": bool,
+    "print_config": bool,
+}
+
+
+def job(config: DictConfig) -> None:
+    """Run the program that ``config`` describes in the folder that Hydra gave this job."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        _run(config, folder)
+    except UserError:
+        with contextlib.suppress(OSError):  # a mistake leaves no empty folder behind
+            folder.rmdir()
+        raise
+
+
+def _run(config: DictConfig, folder: Path) -> None:
+    _check_types(config)
+    _check_save_paths(config)
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key or error.key)
+        raise UserError(f"{key} has no value; give it as {key}=VALUE") from error
+    assert isinstance(values, dict)
+    values["output_path"] = str(folder)
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    if values["print_config"]:
+        log.info("Configuration\n%s", text.rstrip())
+
+    from fusion.program import FusionProgram  # from here on torch is paid for
+
+    FusionProgram(
+        method=values["method"],
+        modelpool=values["modelpool"],
+        taskpool=values["taskpool"],
+        fabric=values["fabric"],
+        output_path=folder,
+        seed=values["seed"],
+        dry_run=values["dry_run"],
+        report_save_path=values["report_save_path"],
+        merged_model_save_path=values["merged_model_save_path"],
+        overwrite=values["overwrite"],
+        config=text,
+        choices=_choices(),
+    ).run()
+    if values["dry_run"]:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def register_resolvers() -> None:
+    """Make the resolvers known that the shipped YAML uses."""
+    OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def user_cache() -> str:
+    """Return this package's folder in the user's cache (XDG base directory specification)."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(root) / "fusion")
+
+
+def job_folder(number: int | str, overrides: Sequence[str]) -> str:
+    """Return the folder name of a sweep's job: its number and its overrides, readable.
+
+    The number makes it unique within the sweep whichever launcher runs it; overrides too long for
+    a file name are cut and told apart by a hash.
+    """
+    told = [o for o in overrides if not o.startswith(("output_path=", "path."))]
+    name = re.sub(r"[^\w.,=+-]+", "-", ",".join(told)).strip("-")
+    if len(name) > _FOLDER_NAME_LENGTH:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[:_FOLDER_NAME_LENGTH]}-{digest}"
+    return f"{number}_{name}" if name else str(number)
+
+
+def _choices() -> Mapping[str, Any]:
+    """Return what was chosen by name for the report: groups and this job's overrides."""
+    hydra = HydraConfig.get()
+    chosen: dict[str, Any] = {group: hydra.runtime.choices.get(group) for group in _GROUPS}
+    chosen["overrides"] = list(hydra.overrides.task)
+    return chosen
+
+
+def _check_types(config: DictConfig) -> None:
+    for key, kind in _TYPES.items():
+        value = config[key]
+        if type(value) is not kind:
+            example = "0" if kind is int else "true or false"
+            raise UserError(f"{key}={value}: expected {kind.__name__}, such as {example}")
+
+
+def _check_save_paths(config: DictConfig) -> None:
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return
+    for key in ("report_save_path", "merged_model_save_path"):
+        raw = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(raw, dict)
+        if raw[key] is not None and "${" not in str(raw[key]):
+            raise UserError(
+                f"{key}={raw[key]}: the jobs of a sweep would overwrite each other's; leave it out "
+                f"(each job has its own folder), or put the job's number into it, as in "
+                f"'{key}=/folder/${{hydra:job.num}}{Path(str(raw[key])).suffix}'"
+            )

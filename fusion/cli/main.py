@@ -1,0 +1,72 @@
+"""``fusion_bench``: from the arguments to the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusion.errors import UserError
+
+PRIMARY = "fusion_bench"
+_MISTAKE, _INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit with 2 on a user's mistake, told in a sentence or two."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        from fusion.cli.help import help_text
+
+        sys.stdout.write(help_text(config_dir(), arguments))
+        return
+    if "--version" in arguments:
+        from fusion import __version__
+
+        sys.stdout.write(f"fusion_bench {__version__}\n")
+        return
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # appended: a user's file never shadows an installed one
+    try:
+        _hydra(arguments)
+    except UserError as error:
+        _tell(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfusion_bench: interrupted\n")
+        sys.exit(_INTERRUPTED)
+
+
+def config_dir() -> Path:
+    """Return the folder of the shipped YAML: the wheel's own, or the checkout's."""
+    package = Path(__file__).resolve().parent.parent
+    shipped = package / "config"
+    return shipped if shipped.is_dir() else package.parent / "config"
+
+
+def _hydra(arguments: list[str]) -> None:
+    import hydra
+
+    from fusion.cli import mistakes
+    from fusion.cli.job import job, register_resolvers
+
+    mistakes.check_flags(arguments)
+    register_resolvers()
+    # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *arguments]
+    entry = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=PRIMARY)(job)
+    try:
+        entry()
+    except mistakes.CONFIGURATION_ERRORS as error:
+        if not mistakes.is_configuration_error(error):
+            raise
+        raise UserError(mistakes.explain(error, arguments, config_dir())) from error
+
+
+def _tell(error: UserError) -> None:
+    """Print the one sentence and leave; the traceback is for whoever asks for it."""
+    if os.environ.get("FUSION_DEBUG") == "1":
+        raise error
+    sys.stderr.write(f"fusion_bench: error: {error}\n")
+    sys.exit(_MISTAKE)

@@ -1,0 +1,30 @@
+"""Merge nothing: hand back the pretrained model, to evaluate it or to fine-tune it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fusion.errors import UserError
+from fusion.method.base import BaseAlgorithm
+from fusion.modelpool import BaseModelPool
+
+
+class DummyAlgorithm(BaseAlgorithm):
+    """Return the pretrained model, or the first model of a pool that has none.
+
+    With a task pool it is how one evaluates a model without merging anything. The members need
+    not be mergeable.
+    """
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Return the pretrained model, or the first one if there is none."""
+        return modelpool.load_pretrained_or_first_model()
+
+    def check_pool(self, modelpool: BaseModelPool) -> None:
+        """Check that there is a model at all.
+
+        Raises:
+            UserError: the pool is empty.
+        """
+        if not modelpool:
+            raise UserError("the pool is empty; give it at least one model")

@@ -1,0 +1,160 @@
+"""A member of a pool: something that can become a network, not before it is asked to."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusion.errors import UserError
+from fusion.target import build, is_target
+from fusion.weights import ModuleSource, TensorSource
+
+if TYPE_CHECKING:
+    from fusion.modelpool.base import BaseModelPool
+
+Architecture = nn.Module | Mapping[str, Any] | Callable[[], nn.Module]
+
+
+class Member(ABC):
+    """One network of a pool.
+
+    Attributes:
+        classes: the original labels that the network's outputs stand for, in the order of the
+            outputs; ``None`` when nobody said.
+        architecture_spec: the mapping with ``_target_`` that builds the bare architecture, where
+            there is one: it travels in the metadata of what is merged from this member.
+    """
+
+    classes: tuple[int, ...] | None = None
+    architecture_spec: Mapping[str, Any] | None = None
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the network with its weights, a new object at every call."""
+
+    @abstractmethod
+    def architecture(self) -> nn.Module:
+        """Return the network's structure on the meta device, without weights."""
+
+    def stored(self) -> TensorSource | None:
+        """Return the weights where they can be read without building the network, else None."""
+        return None
+
+    def tensors(self) -> TensorSource:
+        """Return the weights, tensor by tensor, building the network only where that is needed."""
+        return self.stored() or ModuleSource(self.build())
+
+    def check(self, name: str, pool: BaseModelPool) -> list[str]:
+        """Return what is wrong with this member alone, a sentence each, before any work."""
+        del name, pool
+        return []
+
+
+class ModuleMember(Member):
+    """A network that is already there. What the pool hands out are copies of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def build(self) -> nn.Module:
+        """Return a deep copy: no algorithm can change what the user passed in."""
+        return copy.deepcopy(self._module)
+
+    def architecture(self) -> nn.Module:
+        """Return a copy on the meta device; the weights themselves are never copied."""
+        memo: dict[int, Any] = {}
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            bare = tensor.detach().to("meta")
+            memo[id(tensor)] = (
+                nn.Parameter(bare, requires_grad=tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else bare
+            )
+        return copy.deepcopy(self._module, memo)
+
+    def stored(self) -> TensorSource:
+        """Return the module's own tensors."""
+        return ModuleSource(self._module)
+
+
+class FactoryMember(Member):
+    """A network that a ``_target_`` mapping or a zero-argument callable makes."""
+
+    def __init__(self, factory: Mapping[str, Any] | Callable[[], nn.Module]) -> None:
+        self._factory = factory
+        if isinstance(factory, Mapping):
+            self.architecture_spec = factory
+
+    def build(self) -> nn.Module:
+        """Make the network."""
+        return build_architecture(self._factory)
+
+    def architecture(self) -> nn.Module:
+        """Make the network on the meta device."""
+        return on_meta(self._factory)
+
+
+def as_member(name: str, value: object) -> Member:
+    """Turn what a user put into ``models`` under ``name`` into a member.
+
+    Raises:
+        UserError: it is none of the kinds that a pool takes.
+    """
+    if isinstance(value, Member):
+        return value
+    if isinstance(value, nn.Module):
+        return ModuleMember(value)
+    if isinstance(value, Mapping):
+        if not is_target(value):
+            raise UserError(
+                f"model '{name}': the mapping has no '_target_' (it has "
+                f"{', '.join(map(repr, value)) or 'nothing'}); name the class or function to call"
+            )
+        from fusion.target import locate
+
+        target = locate(str(value["_target_"]))
+        if isinstance(target, type) and issubclass(target, Member):
+            member: Member = build({**value, "_recursive_": value.get("_recursive_", False)})
+            return member
+        return FactoryMember(value)
+    if callable(value):
+        return FactoryMember(value)
+    raise UserError(
+        f"model '{name}' is a {type(value).__name__}; a pool takes a torch.nn.Module, a mapping "
+        f"with _target_, a zero-argument callable, a Checkpoint or a TrainedModel"
+    )
+
+
+def build_architecture(architecture: Architecture) -> nn.Module:
+    """Make a network from a module (copied), a ``_target_`` mapping or a callable.
+
+    Raises:
+        UserError: what came back is not a ``torch.nn.Module``.
+    """
+    if isinstance(architecture, nn.Module):
+        return copy.deepcopy(architecture)
+    made = build(architecture) if isinstance(architecture, Mapping) else architecture()
+    if not isinstance(made, nn.Module):
+        what = architecture["_target_"] if isinstance(architecture, Mapping) else architecture
+        raise UserError(f"{what} returned a {type(made).__name__}; expected a torch.nn.Module")
+    return made
+
+
+def on_meta(architecture: Architecture) -> nn.Module:
+    """Make a network's structure on the meta device, where tensors have shapes but no values."""
+    if isinstance(architecture, nn.Module):
+        return ModuleMember(architecture).architecture()
+    if isinstance(architecture, Mapping) and architecture.get("weights") is not None:
+        # torchvision's constructors would fetch and load real weights into a bare structure.
+        architecture = {**architecture, "weights": None}
+    try:
+        with torch.device("meta"):
+            return build_architecture(architecture)
+    except (NotImplementedError, RuntimeError):
+        # Some constructors compute on their fresh weights, which the meta device cannot do.
+        return ModuleMember(build_architecture(architecture)).architecture()

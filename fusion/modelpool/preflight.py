@@ -1,0 +1,111 @@
+"""What can be wrong with a pool, found before any work and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fusion.errors import UserError
+from fusion.models import find_layers
+from fusion.weights import TensorSource
+
+if TYPE_CHECKING:
+    from fusion.modelpool.base import BaseModelPool
+
+_SHOWN = 5  # tensors named for each model before the rest is counted
+
+
+def check_pool(pool: BaseModelPool) -> None:
+    """Check every member alone, then against the base, then for weights that are not finite.
+
+    Raises:
+        UserError: names every offending model and tensor.
+    """
+    if not pool:
+        raise UserError("the pool is empty; give it at least one model")
+    _raise([line for name in pool.all_model_names for line in pool.member(name).check(name, pool)])
+
+    reference = "_pretrained_" if pool.has_pretrained else pool.model_names[0]
+    base = pool.architecture(reference)
+    expected = base.state_dict()
+    free = head_tensors(base)
+    label = "the pretrained model" if pool.has_pretrained else f"'{reference}'"
+    wrong: list[str] = []
+    for name in pool.model_names:
+        if name != reference:
+            found = pool.architecture(name).state_dict()
+            wrong += _shorten(f"expert '{name}'", _differences(found, expected, free, label))
+    _raise(wrong, "a pool's members must share one architecture up to the head")
+
+    wrong = []
+    for name in [reference, *(n for n in pool.model_names if n != reference)]:
+        source = pool.member(name).stored()
+        if source is not None:
+            wrong += _shorten(f"model '{name}'", _not_finite(source))
+    _raise(wrong, "weights must be finite; leave the model out or repair it")
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that every floating tensor of a model is finite.
+
+    Raises:
+        UserError: names the model and its offending tensors.
+    """
+    wrong = _shorten(f"model '{name}'", _not_finite(tensors))
+    _raise(wrong, "weights must be finite; leave the model out or repair it")
+
+
+def head_tensors(model: nn.Module) -> frozenset[str]:
+    """Return the tensors whose shape may differ between members: those of the final layers.
+
+    A final layer is the last one in the order of the forward pass, or one that the forward pass in
+    evaluation mode does not reach (an auxiliary classifier).
+    """
+    try:
+        layers = find_layers(model)
+    except UserError:  # not traceable: the last weight that was registered is the best guess
+        last = next(reversed(list(model.state_dict())), "")
+        owner = last.rpartition(".")[0]
+        return frozenset(key for key in model.state_dict() if key.rpartition(".")[0] == owner)
+    return frozenset(layers[-1].tensors) if layers else frozenset()
+
+
+def _differences(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], free: frozenset[str], label: str
+) -> list[str]:
+    lines = [f"lacks {key}" for key in expected if key not in found]
+    lines += [f"has {key}, unknown to {label}" for key in found if key not in expected]
+    for key, ours in expected.items():
+        if key not in found:
+            continue
+        theirs = found[key]
+        if theirs.shape != ours.shape and key not in free:
+            lines.append(f"{key} is {tuple(theirs.shape)}, {label} has {tuple(ours.shape)}")
+        elif theirs.is_floating_point() != ours.is_floating_point():
+            lines.append(f"{key} is {theirs.dtype}, {label} has {ours.dtype}")
+    return lines
+
+
+def _not_finite(tensors: Mapping[str, Tensor] | TensorSource) -> list[str]:
+    lines = []
+    for key in tensors:
+        tensor = tensors[key]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            lines.append(f"{key} has {bad} of {tensor.numel()} entries that are NaN or infinite")
+    return lines
+
+
+def _shorten(owner: str, lines: list[str]) -> list[str]:
+    told = [f"{owner}: {line}" for line in lines[:_SHOWN]]
+    if len(lines) > _SHOWN:
+        told.append(f"{owner}: and {len(lines) - _SHOWN} more tensors")
+    return told
+
+
+def _raise(lines: list[str], rule: str = "") -> None:
+    if lines:
+        raise UserError("; ".join(lines) + (f"; {rule}" if rule else ""))
