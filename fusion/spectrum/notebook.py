@@ -38,8 +38,7 @@ def notebook_score(tensor: Tensor) -> float:
 
 def notebook_sigma(values: Tensor) -> float:
     """Return the spread of the singular ``values`` as if they, not the weights, were normal."""
-    lower, upper = torch.quantile(values, values.new_tensor([0.25, 0.75])).tolist()
-    return float(upper - lower) / NORMAL_IQR
+    return float(values.quantile(0.75) - values.quantile(0.25)) / NORMAL_IQR
 
 
 def notebook_threshold(sigma: float, a: int, b: int) -> float:

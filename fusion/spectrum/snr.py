@@ -17,9 +17,8 @@ from fusion.spectrum.svd import singular_values, to_float64
 SigmaRule = Literal["median", "iqr", "notebook"]
 ThresholdRule = Literal["tracy_widom", "mp_edge", "gavish_donoho", "notebook"]
 
-MIN_SINGULAR_VALUES = (
-    3  # with fewer, no majority of noise exists that a signal could stand out from
-)
+MIN_SINGULAR_VALUES = 3  # with fewer there is no majority of noise to stand out from
+MIN_RESOLUTION = 1e-12  # relative; the decomposition's own rounding in float64 stays well below it
 MIN_ALPHA = 1e-9  # beyond it the tail of the Tracy–Widom law runs out of double precision
 
 
@@ -66,8 +65,8 @@ def layer_snr(
     - With fewer than three singular values left, SNR and rank are 0. At most half of the singular
       values can be found to be signal, since the median has to be noise.
     - Exactly low-rank weights have no noise but rounding: σ is at least the resolution of the dtype
-      times the root mean square of the weight, and the noise counts at least one singular value at
-      the threshold. The SNR is then finite, of the order of 1/resolution (float32: 10⁷ and more).
+      (at least 1e-12) times the root mean square of the weight, and the noise counts as at least
+      one singular value at the threshold. The SNR is then finite, of the order of 1/resolution.
     - A grouped weight is a stack of blocks: σ from all their singular values together, each block
       against the threshold of its size at level ``alpha``/blocks, sums over all blocks. Depthwise
       kernels are one matrix with a row per channel.
@@ -77,8 +76,8 @@ def layer_snr(
             floating-point dtype, device and memory format. Computed in float64.
         sigma: ``median``: s_median/√((b−½)μ_β), μ_β the median of the Marchenko–Pastur law (Gavish
             & Donoho 2014; the half, as in Johnstone's centring, removes a bias of −1/(4b), which
-            alone raised false alarms from 3 % to 4 % at 64×64). ``iqr``: the same with interquartile
-            ranges; far noisier. ``notebook``: IQR(s)/1.349, not calibrated.
+            alone raised false alarms from 3 % to 4 % at 64×64). ``iqr``: the same with
+            interquartile ranges; far noisier. ``notebook``: IQR(s)/1.349, not calibrated.
         threshold: ``tracy_widom``: what the largest singular value of noise exceeds with
             probability ``alpha`` (Johnstone 2001). ``mp_edge``: σ(√a+√b), its limit for large
             matrices. ``gavish_donoho``: the optimal hard threshold for reconstruction (2014).
@@ -112,8 +111,9 @@ def layer_snr(
     blocks = _without_zeros(blocks) / largest  # no under- or overflow, whatever the unit
     a, b = sorted(blocks.shape[1:])
     values = singular_values(blocks)
-    resolution = torch.finfo(weight.dtype).eps * float(blocks.square().mean().sqrt())
-    noise_sigma = max(_sigma(values, a, b, sigma), resolution)
+    resolution = max(torch.finfo(weight.dtype).eps, MIN_RESOLUTION)
+    rounding = resolution * float(blocks.square().mean().sqrt())
+    noise_sigma = max(_sigma(values, a, b, sigma), rounding)
     edge = _threshold(noise_sigma, a, b, threshold, alpha / len(blocks))
 
     above = values > edge
@@ -180,7 +180,7 @@ def _threshold(sigma: float, a: int, b: int, rule: ThresholdRule, alpha: float) 
 
 
 def optimal_hard_threshold(beta: float) -> float:
-    """Return λ*(β), the optimal threshold in units of σ√b (Gavish & Donoho 2014, equation 11)."""
+    """Return λ*(β), the optimal threshold in units of σ√b (Gavish & Donoho 2014)."""
     root = math.sqrt(beta**2 + 14 * beta + 1)
     return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
 
