@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fusion.models.cifar_resnet import CifarResNet
+from fusion.models.heads import head_names, slice_head
 from fusion.models.layers import Layer, find_layers
 from fusion.models.separable_resnet import SeparableResNet
 
-__all__ = ["CifarResNet", "Layer", "SeparableResNet", "find_layers"]
+__all__ = ["CifarResNet", "Layer", "SeparableResNet", "find_layers", "head_names", "slice_head"]

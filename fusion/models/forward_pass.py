@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ def trace(ledger: Ledger) -> str | None:
         graph = tracer.trace(ledger.model, concrete_args=defaults)
     except _TRACING_ERRORS as error:
         module = f"module '{tracer.running}'" if tracer.running else "its own forward"
-        return f"tracing stopped in {module}{_place(error)}: {error}"
+        reason = str(error).partition(". ")[0]  # fx adds an essay
+        return f"tracing stopped in {module}{_place(error)}: {reason}"
     _follow_graph(graph, ledger)
     return None
 
@@ -172,7 +174,7 @@ def _open_functional(
 
 def _place(error: BaseException) -> str:
     """Return the last line outside of torch and of this file, as `` (file:line)``."""
-    ours = (str(Path(torch.__file__).parent), __file__)
+    ours = (f"{Path(torch.__file__).parent}{os.sep}", __file__)
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if not frame.filename.startswith(ours)]
     if not outside:

@@ -34,6 +34,8 @@ class Layer:
         groups: groups of the convolution; 1 for a linear layer.
         kind: what the weight does.
         norms: dotted names of its normalisation modules, in the order in which they run.
+        reached: whether the forward pass in evaluation mode runs it; an auxiliary classifier that
+            only training uses is not reached.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Layer:
     groups: int
     kind: Kind
     norms: tuple[str, ...]
+    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class Ledger:
         Raises:
             UserError: if there is not a single layer.
         """
+        reached = len(self._drafts)
         for name, module in self.modules.items():
             if is_layer(module) and not any(key in self._owner for key in self._under[name]):
                 self.open(name)
@@ -197,8 +201,9 @@ class Ledger:
                 groups=draft.groups,
                 kind=draft.kind,
                 norms=tuple(draft.norms),
+                reached=index < reached,
             )
-            for draft in self._drafts
+            for index, draft in enumerate(self._drafts)
         )
 
     def _open(self, draft: _Draft, keys: Iterable[str]) -> int:
