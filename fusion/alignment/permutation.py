@@ -1,0 +1,173 @@
+"""Permutations of the units of a network: draw, apply, invert, compose.
+
+A permutation ``p`` of a group of n units is an int64 tensor of shape (n,): afterwards, place i holds
+what stood at place ``p[i]``. Groups of units apply before groups of blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from fusion.alignment.spec import Entry, Group, PermutationSpec
+from fusion.errors import UserError, suggestion
+
+Permutations = Mapping[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def identity_permutation(spec: PermutationSpec) -> dict[str, Tensor]:
+    """Return the permutation that leaves every unit where it is."""
+    return {group.name: torch.arange(group.size) for group in spec.groups}
+
+
+def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor]:
+    """Draw a permutation of every group; each draw depends on ``seed`` and the group's name only."""
+    drawn = {}
+    for group in spec.groups:
+        digest = hashlib.blake2b(f"{seed}/{group.name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        drawn[group.name] = torch.randperm(group.size, generator=generator)
+    return drawn
+
+
+def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:
+    """Return the permutation that undoes ``permutations``."""
+    full = _complete(spec, permutations)
+    result = {name: torch.argsort(p) for name, p in full.items()}
+    for blocks in spec.groups:
+        for place, source in enumerate(full[blocks.name].tolist() if blocks.members else ()):
+            # Place b holds what was in block source: there the units must be put back.
+            pairs = zip(blocks.members[place], blocks.members[source], strict=True)
+            result.update({here: torch.argsort(full[there]) for here, there in pairs})
+    return result
+
+
+def compose(
+    spec: PermutationSpec, first: Permutations, then: Permutations
+) -> dict[str, Tensor]:
+    """Return the permutation that does ``first`` and ``then`` in one step."""
+    a, b = _complete(spec, first), _complete(spec, then)
+    result = {name: p[b[name]] for name, p in a.items()}
+    for blocks in spec.groups:
+        for place, source in enumerate(a[blocks.name].tolist() if blocks.members else ()):
+            pairs = zip(blocks.members[place], blocks.members[source], strict=True)
+            result.update({there: a[there][b[here]] for here, there in pairs})
+    return result
+
+
+@overload
+def apply_permutation(
+    target: Module, spec: PermutationSpec, permutations: Permutations
+) -> Module: ...
+
+
+@overload
+def apply_permutation(
+    target: Mapping[str, Tensor], spec: PermutationSpec, permutations: Permutations
+) -> dict[str, Tensor]: ...
+
+
+def apply_permutation(
+    target: nn.Module | Mapping[str, Tensor], spec: PermutationSpec, permutations: Permutations
+) -> nn.Module | dict[str, Tensor]:
+    """Return a copy of a network, or of its state dict, with its units permuted.
+
+    Groups that ``permutations`` does not name stay as they are. A state dict keeps its
+    ``_metadata``. A tensor may be longer or shorter than the spec says along axes that no group
+    permutes (a head for other classes).
+
+    Raises:
+        UserError: a group that the spec does not have, something that is not a permutation of the
+            group's size, or a tensor that is missing or too short.
+    """
+    if isinstance(target, nn.Module):
+        module = copy.deepcopy(target)
+        module.load_state_dict(apply_permutation(target.state_dict(), spec, permutations))
+        return module
+    check_permutations(spec, permutations)
+    result = copy.copy(target)  # an OrderedDict with its `_metadata`, where torch made it
+    assert isinstance(result, dict)
+    for tensor, parts in spec.by_tensor.items():
+        chosen = [
+            (group, entry, permutations[group.name])
+            for group, entry in parts
+            if group.name in permutations
+        ]
+        if not chosen:
+            continue
+        if tensor not in target:
+            raise UserError(
+                f"the state dict lacks the tensor '{tensor}' that group '{chosen[0][0].name}' "
+                f"permutes{suggestion(tensor, target)}; the spec belongs to another architecture"
+            )
+        result[tensor] = permute_tensor(target[tensor], tensor, chosen)
+    return result
+
+
+def permute_tensor(
+    value: Tensor, name: str, parts: list[tuple[Group, Entry, Tensor]]
+) -> Tensor:
+    """Return ``value`` with the entries of ``parts`` permuted, units before blocks."""
+    units = [(entry, p) for group, entry, p in parts if not group.members]
+    blocks = [(entry, p) for group, entry, p in parts if group.members]
+    for stage in (units, blocks):
+        confined = [(entry, p) for entry, p in stage if entry.rows is not None]
+        if confined:
+            value = _permute_rows(value, name, confined)
+        for axis in sorted({entry.axis for entry, _ in stage if entry.rows is None}):
+            index = torch.arange(value.shape[axis])
+            for entry, p in stage:
+                if entry.axis == axis and entry.rows is None:
+                    _check_reach(value, name, entry)
+                    index[entry.positions] = entry.positions[p]
+            value = value.index_select(axis, index.to(value.device))
+    return value
+
+
+def _permute_rows(value: Tensor, name: str, parts: list[tuple[Entry, Tensor]]) -> Tensor:
+    """Permute along axis 1 within some rows of axis 0, other rows in other ways."""
+    index = torch.arange(value.shape[1]).repeat(value.shape[0], 1)
+    for entry, p in parts:
+        _check_reach(value, name, entry)
+        assert entry.rows is not None
+        row = index[entry.rows[0]].clone()
+        row[entry.positions] = row[entry.positions[p]]
+        index[slice(*entry.rows)] = row
+    index = index.view(*index.shape, *[1] * (value.ndim - 2)).to(value.device)
+    return value.gather(1, index.expand(value.shape))
+
+
+def check_permutations(spec: PermutationSpec, permutations: Permutations) -> None:
+    """Check that each is a permutation of a group of ``spec``.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, p in permutations.items():
+        group = spec.by_name.get(name)
+        if group is None:
+            raise UserError(f"the spec has no group '{name}'{suggestion(name, spec.by_name)}")
+        if p.shape != (group.size,) or not torch.equal(p.sort().values, torch.arange(group.size)):
+            raise UserError(
+                f"group '{name}' has {group.size} places; its permutation must hold each of "
+                f"0…{group.size - 1} once, got a tensor of shape {tuple(p.shape)}"
+            )
+
+
+def _check_reach(value: Tensor, name: str, entry: Entry) -> None:
+    if entry.axis >= value.ndim or int(entry.positions.max()) >= value.shape[entry.axis]:
+        raise UserError(
+            f"'{name}' has shape {tuple(value.shape)}, too small for the group's place "
+            f"{entry}; the spec belongs to another architecture"
+        )
+
+
+def _complete(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:
+    check_permutations(spec, permutations)
+    return {**identity_permutation(spec), **permutations}
