@@ -144,7 +144,9 @@ class FusionProgram:
             "environment": _environment(fabric),
         }
         if fabric.is_global_zero:
-            provenance = {key: report[key] for key in ("fusion", "choices", "method", "models", "seed")}
+            provenance = {
+                key: report[key] for key in ("fusion", "choices", "method", "models", "seed")
+            }
             self.folder.save_model(model, pool, provenance)
             self.folder.save_report(report)
             _log_metrics(fabric, evaluations)
@@ -166,7 +168,9 @@ class FusionProgram:
         if tasks.evaluate_members:
             for name in pool.all_model_names:
                 log.info("Evaluating %s", name)
-                evaluations[name] = tasks.evaluate(pool.load_model(name), classes=pool.classes(name))
+                evaluations[name] = tasks.evaluate(
+                    pool.load_model(name), classes=pool.classes(name)
+                )
         labels = algorithm.result_classes(pool)
         for name, reference in algorithm.references.items():
             log.info("Evaluating %s", name)
@@ -183,7 +187,7 @@ class FusionProgram:
         )
 
     def _made_fabric(self) -> Fabric:
-        """Build the Fabric; several processes are spawned, so that only this program starts anew."""
+        """Build the Fabric; several processes are spawned, not the command run again."""
         from lightning.fabric import Fabric
 
         if self._fabric is None:

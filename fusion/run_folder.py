@@ -60,9 +60,7 @@ class RunFolder:
             if path.is_dir():
                 raise UserError(f"{option}: '{path}' is a folder; give the name of a file")
         if self.model_path.suffix != ".safetensors":
-            raise UserError(
-                f"merged_model_save_path: '{self.model_path}' must end in .safetensors"
-            )
+            raise UserError(f"merged_model_save_path: '{self.model_path}' must end in .safetensors")
         for path in {self.report_path, self.model_path}:
             if path.exists() and not self._overwrite:
                 raise UserError(

@@ -1,8 +1,10 @@
 """Build the object that a mapping with ``_target_`` describes.
 
-The registry of this package is the import path: ``{"_target_": "package.module.Class", "option": 1}``
-means ``Class(option=1)``. Mappings and lists nested in the options are built first, unless
-``_recursive_`` is false; ``_args_`` are positional; ``_partial_`` returns the callable unfinished.
+The registry of this package is the import path: a mapping with ``_target_``, the path of a class
+or function, and its options beside it. Mappings and lists nested in the options are built first,
+unless ``_recursive_`` is false; ``_args_`` are positional; ``_partial_`` returns the callable
+unfinished.
+
 These are Hydra's words with Hydra's meaning, read here without Hydra so that plain Python and a
 YAML file say the same thing.
 """
@@ -112,7 +114,9 @@ def check_options(
         return
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        named = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [
+            n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         for option in options:
             if option not in named:
                 raise UserError(

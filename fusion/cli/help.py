@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ Three commands to begin with:
       train a small network and two experts on real images (once), merge them, measure everything
   fusion_bench method=dummy modelpool=digits taskpool=digits
       measure the pretrained model without merging
-  fusion_bench --multirun method=snr_selective_merge method.top_p=0.1,0.3,1.0 modelpool=digits taskpool=digits
+  fusion_bench -m method=snr_selective_merge method.top_p=0.1,0.3 modelpool=digits taskpool=digits
       a sweep: one job a value, each in a folder of its own
 """
 _FLAGS = """\
@@ -51,7 +52,7 @@ def _extra_folders(arguments: Sequence[str]) -> list[Path]:
     folders = [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
     folders += [
         following
-        for flag, following in zip(arguments, arguments[1:], strict=False)
+        for flag, following in itertools.pairwise(arguments)
         if flag in ("--config-dir", "-cd")
     ]
     return [Path(folder) for folder in folders]
@@ -72,7 +73,9 @@ def _group_names(folders: Sequence[Path]) -> list[str]:
 
 def _group(folders: Sequence[Path], name: str) -> str:
     files = {
-        file.stem: file for folder in reversed(folders) for file in sorted((folder / name).glob("*.yaml"))
+        file.stem: file
+        for folder in reversed(folders)
+        for file in sorted((folder / name).glob("*.yaml"))
     }
     entries = [(stem, _description(file)) for stem, file in sorted(files.items())]
     return f"{name}\n" + _columns(entries)
@@ -85,11 +88,9 @@ def _description(file: Path) -> str:
 
 
 def _keys(file: Path) -> str:
-    entries = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"(\w+): .*?(?: # (.*))?$", line):
-            entries.append((match[1], match[2] or ""))
-    return _columns(entries)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [re.match(r"(\w+): .*?(?: # (.*))?$", line) for line in lines]
+    return _columns([(match[1], match[2] or "") for match in found if match])
 
 
 def _columns(entries: Sequence[tuple[str, str]]) -> str:

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from fusion.cli.mistakes import tell
 from fusion.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,12 @@ def job(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         _run(config, folder)
-    except UserError:
+    except UserError as error:
         with contextlib.suppress(OSError):  # a mistake leaves no empty folder behind
             folder.rmdir()
-        raise
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # the other jobs go on
+        tell(error)
 
 
 def _run(config: DictConfig, folder: Path) -> None:

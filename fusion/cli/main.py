@@ -10,7 +10,7 @@ from pathlib import Path
 from fusion.errors import UserError
 
 PRIMARY = "fusion_bench"
-_MISTAKE, _INTERRUPTED = 2, 130
+_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _hydra(arguments)
     except UserError as error:
-        _tell(error)
+        from fusion.cli.mistakes import tell
+
+        tell(error)
     except KeyboardInterrupt:
         sys.stderr.write("\nfusion_bench: interrupted\n")
         sys.exit(_INTERRUPTED)
@@ -62,11 +64,3 @@ def _hydra(arguments: list[str]) -> None:
         if not mistakes.is_configuration_error(error):
             raise
         raise UserError(mistakes.explain(error, arguments, config_dir())) from error
-
-
-def _tell(error: UserError) -> None:
-    """Print the one sentence and leave; the traceback is for whoever asks for it."""
-    if os.environ.get("FUSION_DEBUG") == "1":
-        raise error
-    sys.stderr.write(f"fusion_bench: error: {error}\n")
-    sys.exit(_MISTAKE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException
@@ -14,6 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 from fusion.errors import UserError, suggestion
 
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+_MISTAKE = 2  # the exit code
+
+
+def tell(error: UserError) -> NoReturn:
+    """Print the one sentence and leave with 2; the traceback is for whoever asks for it."""
+    if os.environ.get("FUSION_DEBUG") == "1":
+        raise error
+    sys.stderr.write(f"fusion_bench: error: {error}\n")
+    sys.exit(_MISTAKE)
 
 
 def check_flags(arguments: Sequence[str]) -> None:
@@ -72,7 +83,7 @@ def _known_keys(arguments: Sequence[str], wrong: str, config_dir: Path) -> list[
     """Return every key of the configuration that the other arguments compose to."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
     overrides = get_args_parser().parse_args(list(arguments)).overrides
     rest = [o for o in overrides if re.split(r"[=@]", o.lstrip("+~"))[0] != wrong and "," not in o]
@@ -84,14 +95,13 @@ def _known_keys(arguments: Sequence[str], wrong: str, config_dir: Path) -> list[
     except CONFIGURATION_ERRORS:  # more than one thing is wrong: the groups are still known
         return groups
 
-    def keys(node: DictConfig, prefix: str = "") -> list[str]:
-        found = []
-        for key in node:
-            found.append(f"{prefix}{key}")
-            if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, key):
-                value = node._get_node(key)
-                if isinstance(value, DictConfig) and not value._is_none():
-                    found += keys(value, f"{prefix}{key}.")
-        return found
+    return [*groups, *_keys(OmegaConf.to_container(config, resolve=False))]
 
-    return [*groups, *keys(config)]
+
+def _keys(node: object, prefix: str = "") -> list[str]:
+    """Return the dotted keys of nested mappings."""
+    if not isinstance(node, dict):
+        return []
+    return [
+        key for name in node for key in (f"{prefix}{name}", *_keys(node[name], f"{prefix}{name}."))
+    ]

@@ -33,10 +33,10 @@ class Timing:
 class BaseAlgorithm(ABC):
     """Subclass this, write ``run``, and name the class as a method's ``_target_``.
 
-    ``run`` always receives a :class:`BaseModelPool` that passed :meth:`check_pool`: whoever calls it may
-    hand over a pool, a ``dict[str, nn.Module]``, a list of modules or one module. Around the outermost
-    call stand the hooks :meth:`on_run_start` and :meth:`on_run_end`. No constructor of this class needs
-    to be called, and a pool is never changed: what it hands out are copies.
+    ``run`` always receives a :class:`BaseModelPool` that passed :meth:`check_pool`: whoever calls
+    it may hand over a pool, a ``dict[str, nn.Module]``, a list of modules or one module. Around
+    the outermost call stand the hooks :meth:`on_run_start` and :meth:`on_run_end`. No constructor
+    of this class needs to be called, and a pool is never changed: what it hands out are copies.
 
     Attributes:
         output_path: the folder for the tables and figures that the algorithm writes; ``None``
@@ -71,7 +71,7 @@ class BaseAlgorithm(ABC):
 
     @property
     def fabric(self) -> Fabric:
-        """The Lightning Fabric that decides where tensors live; made on first use if none was set."""
+        """Lightning's Fabric: where tensors live. Made on first use if none was set."""
         if self._fabric is None:
             from lightning.fabric import Fabric
 
@@ -84,7 +84,7 @@ class BaseAlgorithm(ABC):
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the algorithm has to say in ``report.json`` beside the timings: plain JSON values."""
+        """What the algorithm says in ``report.json`` beside the timings: plain JSON values."""
         content: dict[str, Any] = self.__dict__.setdefault("_report", {})
         return content
 

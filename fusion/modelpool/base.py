@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import ConcatDataset
 
 from fusion.data import ImageTensors, concat
 from fusion.errors import UserError, suggestion
+from fusion.modelpool.fingerprint import canonical
 from fusion.modelpool.member import Member, ModuleMember, as_member
 from fusion.modelpool.preflight import check_finite, check_pool
 from fusion.target import build, is_target
@@ -165,6 +165,7 @@ class BaseModelPool:
         if name in self._members:
             raise UserError(f"the pool already has a model '{name}'; choose another name")
         self._members[name] = as_member(name, model)
+        self._members[name].joined(name, self)
         self._checked = False
 
     def save_model(
@@ -180,7 +181,7 @@ class BaseModelPool:
         if name is not None and "architecture" not in written:
             spec = self.member(name).architecture_spec
             if spec is not None and self._fits(name, model):
-                written["architecture"] = json.dumps(_plain(spec))
+                written["architecture"] = json.dumps(canonical(spec))
                 labels = self.classes(name)
                 if labels is not None:
                     written["classes"] = json.dumps(labels)
@@ -298,13 +299,3 @@ def as_modelpool(models: object) -> BaseModelPool:
     raise UserError(
         f"expected a model pool, a dict or a list of modules, not a {type(models).__name__}"
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.dtype | Path):
-        return str(value)
-    return value

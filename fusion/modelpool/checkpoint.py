@@ -111,7 +111,7 @@ class Checkpoint(Member):
     def _given_architecture(self) -> Architecture | None:
         if self._architecture is None and self._is_safetensors and self.path.is_file():
             written = read_metadata(self.path).get("architecture")
-            return None if written is None else json.loads(written)  # type: ignore[no-any-return]
+            return None if written is None else json.loads(written)
         return self._architecture
 
     def _known_architecture(self) -> Architecture:

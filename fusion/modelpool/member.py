@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fusion.errors import UserError
-from fusion.target import build, is_target
+from fusion.modelpool.fingerprint import digest_tensors
+from fusion.target import build, is_target, locate
 from fusion.weights import ModuleSource, TensorSource
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class Member(ABC):
     def tensors(self) -> TensorSource:
         """Return the weights, tensor by tensor, building the network only where that is needed."""
         return self.stored() or ModuleSource(self.build())
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that decides the weights."""
+        return digest_tensors(dict(self.tensors()))
+
+    def joined(self, name: str, pool: BaseModelPool) -> None:
+        """Learn the pool and the name under which this member was put into it."""
 
     def check(self, name: str, pool: BaseModelPool) -> list[str]:
         """Return what is wrong with this member alone, a sentence each, before any work."""
@@ -115,8 +123,6 @@ def as_member(name: str, value: object) -> Member:
                 f"model '{name}': the mapping has no '_target_' (it has "
                 f"{', '.join(map(repr, value)) or 'nothing'}); name the class or function to call"
             )
-        from fusion.target import locate
-
         target = locate(str(value["_target_"]))
         if isinstance(target, type) and issubclass(target, Member):
             member: Member = build({**value, "_recursive_": value.get("_recursive_", False)})

@@ -70,7 +70,9 @@ def head_tensors(model: nn.Module) -> frozenset[str]:
         last = next(reversed(list(model.state_dict())), "")
         owner = last.rpartition(".")[0]
         return frozenset(key for key in model.state_dict() if key.rpartition(".")[0] == owner)
-    return frozenset(layers[-1].tensors) if layers else frozenset()
+    reached = [layer for layer in layers if layer.reached]
+    auxiliary = [layer for layer in layers if not layer.reached and layer.kind == "linear"]
+    return frozenset(key for layer in [*reached[-1:], *auxiliary] for key in layer.tensors)
 
 
 def _differences(
