@@ -1,0 +1,8 @@
+"""Training through Fabric, freezing of layers, recalibration of batch norm."""
+
+from fusion.training.fitting import fit
+from fusion.training.freezing import Frozen, freeze
+from fusion.training.history import Epoch, History, Scores
+from fusion.training.recalibration import recalibrate_batch_norm
+
+__all__ = ["Epoch", "Frozen", "History", "Scores", "fit", "freeze", "recalibrate_batch_norm"]

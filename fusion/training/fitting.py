@@ -1,0 +1,224 @@
+"""The training loop, on any device and any number of processes through Lightning Fabric."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from fusion.data import ImageTensors, batches, number_of_batches, seed_from
+from fusion.errors import UserError
+from fusion.training.freezing import freeze
+from fusion.training.history import Epoch, History, Scores
+from fusion.training.restoring import restored
+from fusion.training.schedule import Schedule, check_schedule, learning_rate_factor
+from fusion.training.scoring import Scorer
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    val: Dataset[Any] | None = None,
+    epochs: int = 10,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    batch_size: int = 128,
+    schedule: Schedule = "one_cycle",
+    augment: bool = False,
+    trainable: Iterable[str] | None = None,
+    channels_last: bool = True,
+    compile: bool = False,
+    max_batches: int | None = None,
+    seed: int = 0,
+    fabric: Fabric | None = None,
+    progress: bool = True,
+    label: str = "training",
+) -> History:
+    """Train ``model`` in place by AdamW on the cross-entropy; its values alone are changed.
+
+    The same call on the same machine gives the same bits: order, augmentation and dropout come
+    from ``seed``, and torch's global generator is neither used nor disturbed. Modes, device,
+    types, memory format and ``requires_grad`` are given back as they came. A last batch that is
+    not full is left out of each pass (other images each time), for batch norm's sake.
+
+    Args:
+        model: takes images (N, C, H, W), gives logits (N, classes).
+        dataset: :class:`~fusion.data.ImageTensors`, or any map-style set of normalised tensors.
+        val: images to score after every pass, in the network's evaluation mode.
+        epochs: passes over the data.
+        lr: the highest learning rate.
+        weight_decay: AdamW's, relative to the learning rate.
+        batch_size: images a step, over all processes together.
+        schedule: how the learning rate moves; see :mod:`fusion.training.schedule`.
+        augment: apply the data set's own augmentation.
+        trainable: names of the tensors or modules to train; the others are frozen whole, see
+            :func:`~fusion.training.freeze`. By default every parameter that requires a gradient.
+        channels_last: keep pixels, not channels, apart in memory while training.
+        compile: compile the network first (pays off in long runs; needs a C++ compiler on a CPU).
+        max_batches: steps a pass, at most.
+        seed: of everything random.
+        fabric: device, precision and processes; launched already if it has several. By default
+            one device, the best there is, in full precision.
+        progress: show a progress bar where there is a terminal.
+        label: what the progress bar calls this run.
+
+    Returns:
+        The scores and the time of every pass.
+
+    Raises:
+        UserError: an impossible option, labels that the network has no output for, or a loss
+            that is no longer finite.
+    """
+    check_schedule(schedule)
+    for option, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{option}: {value} was asked for; give 1 or more")
+    if max_batches is not None and max_batches < 1:
+        raise UserError(f"max_batches: {max_batches} was asked for; give 1 or more, or none")
+    limit = None if max_batches is None else max_batches * batch_size
+    steps = number_of_batches(dataset, batch_size=batch_size, limit=limit, drop_last=True)
+    fabric = fabric or _default_fabric()
+    rates = (
+        lr * learning_rate_factor(schedule, step, epochs * steps) for step in itertools.count()
+    )
+    with ExitStack() as stack:
+        stack.enter_context(restored(model))
+        train_mode: Callable[[], object] = model.train
+        if trainable is not None:
+            train_mode = stack.enter_context(freeze(model, trainable)).train
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        stack.enter_context(_own_random_numbers(fabric, seed))
+        stack.callback(model.zero_grad, set_to_none=True)
+        if channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network, optimizer = fabric.setup(
+            torch.compile(model) if compile else model,
+            torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
+        )
+        bar = stack.enter_context(
+            tqdm(
+                total=epochs * steps,
+                desc=label,
+                unit="batch",
+                disable=None if progress and fabric.is_global_zero else True,
+            )
+        )
+        passed = []
+        for epoch in range(epochs):
+            start = time.perf_counter()
+            train_mode()
+            scorer = Scorer()
+            for images, labels in batches(
+                dataset,
+                batch_size=batch_size,
+                device=fabric.device,
+                shuffle=True,
+                seed=seed_from(seed, "epoch", epoch),
+                augment=augment,
+                limit=limit,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+                drop_last=True,
+            ):
+                for group in optimizer.param_groups:
+                    group["lr"] = next(rates)
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                logits = network(images)
+                _check_outputs(logits, dataset)
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                fabric.backward(loss)
+                optimizer.step()
+                scorer.update(loss, logits, labels)
+                bar.update()
+            train = scorer.compute(logits.shape[1])
+            if not math.isfinite(train.loss):
+                raise UserError(
+                    f"lr: the loss is {train.loss} after {epoch + 1} passes at a learning rate of "
+                    f"{lr}; give a lower one"
+                )
+            _agree_on_buffers(fabric, model)
+            tested = None if val is None else _score(fabric, model, val, batch_size)
+            passed.append(Epoch(train, tested, time.perf_counter() - start))
+            bar.set_postfix(_figures(train, tested))
+    return History(tuple(passed), sum(parameter.numel() for parameter in parameters))
+
+
+def _default_fabric() -> Fabric:
+    from lightning.fabric import Fabric  # here, because it takes seconds to import
+
+    return Fabric(accelerator="auto", devices=1)
+
+
+def _check_outputs(logits: Tensor, dataset: Dataset[Any]) -> None:
+    if isinstance(dataset, ImageTensors) and dataset.num_classes > logits.shape[1]:
+        raise UserError(
+            f"dataset: it has {dataset.num_classes} classes, the model {logits.shape[1]} outputs; "
+            f"give the model a head for all classes"
+        )
+
+
+@contextmanager
+def _own_random_numbers(fabric: Fabric, seed: int) -> Iterator[None]:
+    """Seed what dropout draws from, choose repeatable convolutions, and undo both afterwards."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    on_gpu = fabric.device.type == "cuda"
+    with torch.random.fork_rng(devices=[fabric.device] if on_gpu else []):
+        own = seed_from(seed, "dropout", fabric.global_rank)
+        torch.default_generator.manual_seed(own)
+        if on_gpu:
+            torch.cuda.manual_seed(own)
+        try:
+            cudnn.deterministic, cudnn.benchmark = True, False
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+def _agree_on_buffers(fabric: Fabric, model: nn.Module) -> None:
+    """Give every process the running statistics of the first: each saw other images."""
+    if fabric.world_size > 1:
+        theirs = fabric.broadcast([buffer.cpu() for buffer in model.buffers()])
+        for buffer, value in zip(model.buffers(), theirs, strict=True):
+            buffer.copy_(value)
+
+
+@torch.no_grad()
+def _score(fabric: Fabric, model: nn.Module, dataset: Dataset[Any], batch_size: int) -> Scores:
+    # The bare module: processes have different numbers of batches here, and compiling for the
+    # size of each last batch would take longer than to score it.
+    model.eval()
+    dtype = next(model.parameters()).dtype  # not float32 under Fabric's "true" half precisions
+    scorer = Scorer()
+    for images, labels in batches(
+        dataset,
+        batch_size=batch_size,
+        device=fabric.device,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    ):
+        with fabric.autocast():
+            logits = model(images.to(dtype))
+        _check_outputs(logits, dataset)
+        scorer.update(F.cross_entropy(logits.float(), labels), logits, labels)
+    return scorer.compute(logits.shape[1])
+
+
+def _figures(train: Scores, val: Scores | None) -> dict[str, str]:
+    figures = {name: f"{getattr(train, name):.3f}" for name in ("loss", "accuracy", "f1")}
+    return figures if val is None else {**figures, "val accuracy": f"{val.accuracy:.3f}"}
