@@ -47,32 +47,28 @@ class SeparableResNet(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"SeparableResNet: dropout must lie in [0, 1), not {dropout}")
 
-        channels = in_channels
-        stages: list[nn.Module] = []
-        for base_channels, blocks in STAGES:
-            entry = SeparableConv(channels, _scaled(base_channels, width))
-            channels = _scaled(base_channels, width)
-            stages.append(
-                nn.Sequential(
-                    # the entry of the first stage is the stem, that of the others a transition
-                    *([nn.MaxPool2d(2)] if stages else []),
-                    entry,
-                    nn.ReLU(),
-                    *(SeparableBlock(channels) for _ in range(blocks)),
-                )
-            )
-        self.stages = nn.Sequential(*stages)
+        (first, n_first), (second, n_second), (third, n_third) = (
+            (_scaled(channels, width), blocks) for channels, blocks in STAGES
+        )
+        self.stem = SeparableConv(in_channels, first)
+        self.stage1 = _stage(first, n_first)
+        self.transition1 = SeparableConv(first, second)
+        self.stage2 = _stage(second, n_second)
+        self.transition2 = SeparableConv(second, third)
+        self.stage3 = _stage(third, n_third)
+        self.halve = nn.MaxPool2d(2)
         self.pool = nn.AdaptiveAvgPool2d(1)
 
+        features_in = third
         classifier: list[nn.Module] = []
         for index, base_features in enumerate(FULLY_CONNECTED):
             features = _scaled(base_features, width)
-            classifier += [nn.Linear(channels, features), nn.BatchNorm1d(features), nn.ReLU()]
+            classifier += [nn.Linear(features_in, features), nn.BatchNorm1d(features), nn.ReLU()]
             if index < len(FULLY_CONNECTED) - 1:
                 classifier.append(nn.Dropout(dropout))
-            channels = features
+            features_in = features
         self.classifier = nn.Sequential(*classifier)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(features_in, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -82,8 +78,10 @@ class SeparableResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
-        x = self.pool(self.stages(x)).flatten(1)
-        return self.head(self.classifier(x))  # type: ignore[no-any-return]
+        x = self.stage1(F.relu(self.stem(x)))
+        x = self.stage2(F.relu(self.transition1(self.halve(x))))
+        x = self.stage3(F.relu(self.transition2(self.halve(x))))
+        return self.head(self.classifier(self.pool(x).flatten(1)))  # type: ignore[no-any-return]
 
 
 class SeparableConv(nn.Module):
@@ -113,6 +111,10 @@ class SeparableBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, channels, H, W) to the same shape."""
         return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def _stage(channels: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(SeparableBlock(channels) for _ in range(blocks)))
 
 
 def _scaled(size: int, width: float) -> int:

@@ -121,12 +121,12 @@ def test_our_networks() -> None:
         assert layers[-1].norms == ()
     assert len(find_layers(CifarResNet(20))) == 20
     separable = by_name(find_layers(SeparableResNet()))
-    depthwise = separable["stages.1.2.first.depthwise"]
+    depthwise = separable["stage2.0.first.depthwise"]
     assert depthwise == Layer(
-        name="stages.1.2.first.depthwise",
-        weight="stages.1.2.first.depthwise.weight",
+        name="stage2.0.first.depthwise",
+        weight="stage2.0.first.depthwise.weight",
         tensors=tuple(
-            f"stages.1.2.first.{key}"
+            f"stage2.0.first.{key}"
             for key in (
                 "depthwise.weight",
                 "depthwise.bias",
@@ -139,7 +139,7 @@ def test_our_networks() -> None:
         ),
         groups=128,
         kind="conv",
-        norms=("stages.1.2.first.depthwise_norm",),
+        norms=("stage2.0.first.depthwise_norm",),
     )
 
 

@@ -44,7 +44,7 @@ def test_every_convolution_is_followed_by_its_own_batch_norm() -> None:
 
 
 def test_the_skip_carries_the_input() -> None:
-    block = SeparableResNet(width=0.25).stages[0][2].eval()
+    block = SeparableResNet(width=0.25).stage1[0].eval()
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
