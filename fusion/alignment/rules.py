@@ -527,7 +527,8 @@ def _nested(values: Any, change: Callable[[Any], Any], *, of: type = Tensor) -> 
     if isinstance(values, dict):
         return {key: _nested(value, change, of=of) for key, value in values.items()}
     if isinstance(values, tuple | list) and not isinstance(values, torch.Size):
-        return type(values)([_nested(value, change, of=of) for value in values])
+        parts = [_nested(value, change, of=of) for value in values]
+        return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
     return values
 
 

@@ -52,7 +52,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, training: bool = False)
 
     Args:
         model: Left untouched.
-        inputs: The arguments of the forward pass; only shapes and dtypes matter.
+        inputs: The arguments of the forward pass; only shapes matter.
         training: Follow the branches of training mode (auxiliary heads).
 
     Raises:
@@ -67,6 +67,8 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, training: bool = False)
             f"{type(model).__name__} cannot be traced: {_place(tracer.where, error)} "
             f"({_first_line(error)}); its forward pass must not depend on the data: {_CURE}"
         ) from error
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     required = [node for node in placeholders if not node.args]
     if not len(required) <= len(inputs) <= len(placeholders):
