@@ -1,0 +1,255 @@
+"""Bring a network's units into the order of a reference, without changing what it computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusion.alignment.agreement import by_activations, by_weights
+from fusion.alignment.permutation import apply_permutation
+from fusion.alignment.spec import PermutationSpec
+from fusion.alignment.symmetries import permutation_spec, require_eval_mode
+from fusion.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_SWEEPS = 100  # of one descent; they end by themselves after 5 to 30
+By = Literal["weights", "activations"]
+
+
+@dataclass(frozen=True)
+class GroupAlignment:
+    """What alignment did to one group.
+
+    Attributes:
+        group: Name of the group.
+        kind: ``units`` or ``blocks``.
+        size: Number of units (or blocks).
+        moved: How many of them changed place.
+        gain: What the moves of this group added to the objective.
+    """
+
+    group: str
+    kind: str
+    size: int
+    moved: int
+    gain: float
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """A network in the order of its reference.
+
+    Attributes:
+        model: The aligned network; it computes what the network given computed.
+        permutations: Group name -> permutation, as `apply_permutation` takes them.
+        objective_before: Mean cosine of the weights (``by="weights"``), or mean correlation of the
+            units (``by="activations"``), with the reference.
+        objective_after: The same, aligned; never smaller.
+        groups: One row for each group, in the order of the forward pass.
+        sweeps: Sweeps of the descent that was kept.
+    """
+
+    model: nn.Module
+    permutations: Mapping[str, Tensor]
+    objective_before: float
+    objective_after: float
+    groups: tuple[GroupAlignment, ...]
+    sweeps: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether any unit moved."""
+        return any(group.moved for group in self.groups)
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows of ``groups`` as a table (``alignment.csv``)."""
+        import pandas as pd
+
+        columns = list(GroupAlignment.__dataclass_fields__)
+        return pd.DataFrame([vars(group) for group in self.groups], columns=columns)
+
+
+def align(
+    model: nn.Module,
+    reference: nn.Module,
+    *,
+    spec: PermutationSpec | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    by: By = "weights",
+    data: Iterable[Any] | None = None,
+    seed: int = 0,
+    max_sweeps: int = MAX_SWEEPS,
+    device: torch.device | str | None = None,
+) -> Alignment:
+    """Permute the units of ``model`` so that it agrees with ``reference`` as well as possible.
+
+    Neither network is changed. The result depends on the networks, the data and ``seed`` only.
+
+    Args:
+        model: The network to align, in eval mode, of any floating dtype.
+        reference: A network of the same architecture, up to the sizes of its heads.
+        spec: The symmetries; found from ``model`` and ``example_input`` if not given.
+        example_input: Only needed without ``spec``.
+        by: ``weights`` or ``activations``.
+        data: For ``activations``: batches of images, or of tuples whose first part is one.
+        seed: Order of the groups in the sweeps.
+        max_sweeps: Bound on the sweeps of each descent.
+        device: Where to compute; the model's own device by default.
+
+    Raises:
+        UserError: architectures that differ, training mode, weights that are not finite, an option
+            that is missing or unknown.
+    """
+    if by not in ("weights", "activations"):
+        raise UserError(f"by must be 'weights' or 'activations', got '{by}'")
+    if max_sweeps < 1:
+        raise UserError(f"max_sweeps must be at least 1, got {max_sweeps}")
+    if by == "activations" and data is None:
+        raise UserError("by='activations' needs data: pass batches of images, as a loader yields")
+    require_eval_mode(model, "the model")
+    require_eval_mode(reference, "the reference")
+    for network, which in ((model, "the model"), (reference, "the reference")):
+        _require_finite(network, which)
+    if spec is None:
+        if example_input is None:
+            raise UserError("align needs either spec or example_input, to find the symmetries")
+        _require_same_keys(model, reference)
+        spec = permutation_spec(model, example_input)
+    _require_one_architecture(model, reference, spec)
+
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    if by == "weights":
+        matching = by_weights(
+            spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where
+        )
+    else:
+        assert data is not None
+        copies = copy.deepcopy(model), copy.deepcopy(reference)
+        matching = by_activations(
+            spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
+        )
+    found, before = matching.solve()
+    rows = []
+    for group in spec.groups:
+        p = found.permutations[group.name]
+        moved = int((p != torch.arange(group.size)).sum())
+        kind = "blocks" if group.members else "units"
+        rows.append(GroupAlignment(group.name, kind, group.size, moved, found.gains[group.name]))
+    return Alignment(
+        model=apply_permutation(model, spec, found.permutations),
+        permutations=found.permutations,
+        objective_before=before,
+        objective_after=found.objective,
+        groups=tuple(rows),
+        sweeps=found.sweeps,
+    )
+
+
+def align_all(
+    models: Mapping[str, nn.Module],
+    reference: nn.Module,
+    *,
+    spec: PermutationSpec | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    by: By = "weights",
+    data: Iterable[Any] | None = None,
+    seed: int = 0,
+    max_sweeps: int = MAX_SWEEPS,
+    device: torch.device | str | None = None,
+) -> dict[str, Alignment]:
+    """Align each of ``models`` to ``reference``; the options are those of `align`.
+
+    ``data`` is read once for each model: a loader, not an iterator.
+
+    Raises:
+        UserError: as `align` does, with the name of the model in front.
+    """
+    if spec is None and example_input is not None:
+        spec = permutation_spec(reference, example_input)
+    alignments = {}
+    for name, model in models.items():
+        try:
+            alignments[name] = align(
+                model, reference, spec=spec, by=by, data=data, seed=seed,
+                max_sweeps=max_sweeps, device=device,
+            )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"'{name}': {error}") from error
+    return alignments
+
+
+def cycle_consistency(
+    model: nn.Module,
+    reference: nn.Module,
+    *,
+    spec: PermutationSpec,
+    by: By = "weights",
+    data: Iterable[Any] | None = None,
+    seed: int = 0,
+    max_sweeps: int = MAX_SWEEPS,
+    device: torch.device | str | None = None,
+) -> float:
+    """Align the model to the reference and the reference to the model: how far is that from nothing?
+
+    Returns:
+        Mean squared difference between the model's parameters and the same after both
+        permutations. 0: the two alignments undo each other.
+    """
+    options = {"spec": spec, "by": by, "data": data, "seed": seed}
+    forth = align(model, reference, spec=spec, by=by, data=data, seed=seed,
+                  max_sweeps=max_sweeps, device=device)  # fmt: skip
+    back = align(reference, model, spec=spec, by=by, data=data, seed=seed,
+                 max_sweeps=max_sweeps, device=device)  # fmt: skip
+    returned = apply_permutation(forth.model, spec, back.permutations)
+    pairs = list(zip(model.parameters(), returned.parameters(), strict=True))
+    squares = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return squares / max(sum(a.numel() for a, _ in pairs), 1)
+
+
+def _require_finite(network: nn.Module, which: str) -> None:
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{which} has weights that are not finite in '{name}'; "
+                f"alignment compares weights, so give a network that trained without overflow"
+            )
+
+
+def _require_same_keys(model: nn.Module, reference: nn.Module) -> None:
+    ours, theirs = model.state_dict().keys(), reference.state_dict().keys()
+    if ours != theirs:
+        lone = sorted(ours ^ theirs)[0]
+        owner = "model" if lone in ours else "reference"
+        raise UserError(
+            f"the model ({type(model).__name__}) and the reference ({type(reference).__name__}) "
+            f"differ in architecture: only the {owner} has '{lone}'; align networks of one kind"
+        )
+
+
+def _require_one_architecture(
+    model: nn.Module, reference: nn.Module, spec: PermutationSpec
+) -> None:
+    """Check that both networks have the tensors of ``spec``, of one length along its axes."""
+    _require_same_keys(model, reference)
+    ours, theirs = model.state_dict(), reference.state_dict()
+    for key, parts in spec.by_tensor.items():
+        if key not in ours:
+            raise UserError(
+                f"the spec names the tensor '{key}', which {type(model).__name__} does not have; "
+                f"it belongs to another architecture"
+            )
+        for axis in sorted({entry.axis for _, entry in parts}):
+            lengths = [tensor.shape[axis : axis + 1] for tensor in (ours[key], theirs[key])]
+            if lengths[0] != lengths[1] or tuple(lengths[0]) != spec.shapes[key][axis : axis + 1]:
+                raise UserError(
+                    f"'{key}' is {tuple(ours[key].shape)} in the model, "
+                    f"{tuple(theirs[key].shape)} in the reference and {spec.shapes[key]} in the "
+                    f"spec; along axis {axis}, whose units are matched, they must agree"
+                )
