@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,10 @@ def fit(
         stack.enter_context(_own_random_numbers(fabric, seed))
         stack.callback(model.zero_grad, set_to_none=True)
         if channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
+        compiled = cast(nn.Module, torch.compile(model)) if compile else model
         network, optimizer = fabric.setup(
-            torch.compile(model) if compile else model,
+            compiled,
             torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay),
         )
         bar = stack.enter_context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -63,10 +64,13 @@ def recalibrate_batch_norm(
     if not norms:
         _log.info("No batch norm with running statistics in %s", type(model).__name__)
         return 0
+    if isinstance(dataset, Sized) and len(dataset) < 2:
+        raise UserError("dataset: one image has no variance; recalibrate on 2 images or more")
+    device = device or next(model.parameters()).device
     sample = batches(
         dataset,
         batch_size=batch_size,
-        device=device or next(model.parameters()).device,
+        device=device,
         shuffle=True,
         seed=seed_from(seed, "recalibration"),
         limit=images,
@@ -90,6 +94,4 @@ def recalibrate_batch_norm(
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    if not used:
-        raise UserError("dataset: one image has no variance; recalibrate on 2 images or more")
     return used
