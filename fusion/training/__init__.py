@@ -3,6 +3,17 @@
 from fusion.training.fitting import fit
 from fusion.training.freezing import Frozen, freeze
 from fusion.training.history import Epoch, History, Scores
+from fusion.training.measuring import Measurement, measure
 from fusion.training.recalibration import recalibrate_batch_norm
 
-__all__ = ["Epoch", "Frozen", "History", "Scores", "fit", "freeze", "recalibrate_batch_norm"]
+__all__ = [
+    "Epoch",
+    "Frozen",
+    "History",
+    "Measurement",
+    "Scores",
+    "fit",
+    "freeze",
+    "measure",
+    "recalibrate_batch_norm",
+]
