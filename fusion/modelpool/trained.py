@@ -102,6 +102,7 @@ class TrainedModel(Member):
         self._seed = seed
         self._cache_dir = Path(cache_dir).expanduser()
         self._name = ""
+        self._told = False  # once is enough: a run asks for a member several times
         self._pool: BaseModelPool | None = None
 
     def joined(self, name: str, pool: BaseModelPool) -> None:
@@ -189,11 +190,14 @@ class TrainedModel(Member):
         with FileLock(path.with_suffix(".lock")):
             kept = self._kept(path)
             if kept is not None:
-                log.info("%s: found in the cache", self._name)
+                if not self._told:
+                    log.info("%s: found in the cache", self._name)
+                self._told = True
                 return kept
             for unfinished in path.parent.glob(f".{path.stem}-*"):
                 unfinished.unlink()  # of a run that was killed: whoever writes holds the lock
             log.info("%s: training for %d epochs", self._name, self._epochs)
+            self._told = True
             state, metadata = self._train()
             metadata["digest"] = digest_tensors(state)
             save_safetensors(path, state, metadata)
