@@ -101,6 +101,8 @@ def fit(
         if trainable is not None:
             train_mode = stack.enter_context(freeze(model, trainable)).train
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise UserError("model: none of its parameters requires a gradient; name some to train")
         stack.enter_context(_own_random_numbers(fabric, seed))
         stack.callback(model.zero_grad, set_to_none=True)
         if channels_last:
@@ -141,8 +143,7 @@ def fit(
                 world_size=fabric.world_size,
                 drop_last=True,
             ):
-                for group in optimizer.param_groups:
-                    group["lr"] = next(rates)
+                optimizer.param_groups[0]["lr"] = next(rates)
                 if channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 logits = network(images)

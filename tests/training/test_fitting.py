@@ -164,6 +164,24 @@ def test_a_head_that_is_too_small_is_refused(make_model: Make, train_digits: Ima
         fit(make_model(4), train_digits)
 
 
+def test_a_model_without_anything_to_train_is_refused(
+    make_model: Make, train_digits: ImageTensors
+) -> None:
+    with pytest.raises(UserError, match="none of its parameters requires a gradient"):
+        fit(make_model().requires_grad_(False), train_digits)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_as_well(
+    make_model: Make, train_digits: ImageTensors, test_digits: ImageTensors
+) -> None:
+    model = make_model()
+    history = fit(model, train_digits, val=test_digits, epochs=5, lr=5e-3, compile=True)
+    assert history.epochs[-1].val is not None
+    assert history.epochs[-1].val.accuracy > 0.9
+    assert all("_orig_mod" not in name for name in model.state_dict())
+
+
 TWO_PROCESSES = """
 import torch
 from lightning.fabric import Fabric
