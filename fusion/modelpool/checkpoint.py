@@ -37,12 +37,14 @@ class Checkpoint(Member):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         architecture: Architecture | None = None,
         *,
         key: str | None = None,
         classes: Sequence[int] | None = None,
     ) -> None:
+        if not path:
+            raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
         self.path = Path(path).expanduser()
         self._architecture = architecture
         self._key = key
