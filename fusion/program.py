@@ -22,6 +22,7 @@ from fusion.modelpool import BaseModelPool
 from fusion.run_folder import RunFolder
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool
+from fusion.training import FineTuned, FineTuning
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -47,6 +48,7 @@ class FusionProgram:
         method: the algorithm.
         modelpool: the networks it takes.
         taskpool: what measures them, or None.
+        finetune: how the result is trained further, on the pool's training data, or None.
         fabric: Lightning's Fabric: devices, precision, loggers; None is one device, the best.
         output_path: the run folder.
         seed: seeds everything that is random.
@@ -63,6 +65,7 @@ class FusionProgram:
         method: BaseAlgorithm | Mapping[str, Any],
         modelpool: BaseModelPool | Mapping[str, Any],
         taskpool: BaseTaskPool | Mapping[str, Any] | None = None,
+        finetune: FineTuning | Mapping[str, Any] | None = None,
         fabric: Fabric | Mapping[str, Any] | None = None,
         output_path: str | Path,
         seed: int = 0,
@@ -76,6 +79,7 @@ class FusionProgram:
         self._method = method
         self._modelpool = modelpool
         self._taskpool = taskpool
+        self._finetune = finetune
         self._fabric = fabric
         self._seed = seed
         self._dry_run = dry_run
@@ -94,11 +98,16 @@ class FusionProgram:
         Raises:
             UserError: something is wrong with what the user gave, found before any work.
         """
-        algorithm, pool, tasks = self._parts()
+        algorithm, pool, tasks, finetuning = self._parts()
         self.folder.check()
         algorithm.check_pool(pool)
         if tasks is not None:
             tasks.check()
+        if finetuning is not None and not pool.train_dataset_names:
+            raise UserError(
+                "fine-tuning needs images, and the pool has no train_datasets; add them, or leave "
+                "finetune out"
+            )
         if self._dry_run:
             log.info(
                 "Dry run: %s on %s would write to %s; everything checked is in order",
@@ -113,7 +122,7 @@ class FusionProgram:
 
     def _run_in_process(self, fabric: Fabric) -> Outcome:
         """Do the whole run in one of the processes that Fabric launched."""
-        algorithm, pool, tasks = self._parts()
+        algorithm, pool, tasks, finetuning = self._parts()
         fabric.seed_everything(self._seed, workers=True, verbose=False)
         algorithm.fabric = fabric
         if algorithm.output_path is None:
@@ -131,13 +140,29 @@ class FusionProgram:
             tasks.fabric = fabric
             evaluations = self._evaluate(model, algorithm, pool, tasks)
             seconds["evaluate"] = time.perf_counter() - start
+        finetuned: FineTuned | None = None
+        if finetuning is not None:
+            start = time.perf_counter()
+            labels = algorithm.result_classes(pool)
+            finetuned = finetuning.run(
+                model,
+                pool.calibration_dataset(),
+                merged=algorithm.selected_layers,
+                classes=labels,
+                fabric=fabric,
+            )
+            if tasks is not None:
+                evaluations["finetuned"] = tasks.evaluate(finetuned.model, classes=labels)
+            seconds["finetune"] = time.perf_counter() - start
         report = {
             "fusion": fusion.__version__,
             "choices": self._choices,
+            "options": self._options(),
             "method": type(algorithm).__name__,
             "models": pool.all_model_names,
             "seed": self._seed,
             "evaluation": evaluations,
+            "finetune": None if finetuned is None else finetuned.report(),
             "algorithm": algorithm.report,
             "timings": {what: asdict(timing) for what, timing in algorithm.timings.items()},
             "seconds": seconds,
@@ -148,6 +173,8 @@ class FusionProgram:
                 key: report[key] for key in ("fusion", "choices", "method", "models", "seed")
             }
             self.folder.save_model(model, pool, provenance)
+            if finetuned is not None:
+                self.folder.save_finetuned(finetuned.model, pool, provenance)
             self.folder.save_report(report)
             _log_metrics(fabric, evaluations)
             if evaluations:
@@ -179,12 +206,24 @@ class FusionProgram:
         evaluations["merged"] = tasks.evaluate(model, classes=labels)
         return evaluations
 
-    def _parts(self) -> tuple[BaseAlgorithm, BaseModelPool, BaseTaskPool | None]:
+    def _parts(
+        self,
+    ) -> tuple[BaseAlgorithm, BaseModelPool, BaseTaskPool | None, FineTuning | None]:
         return (
             _made(self._method, BaseAlgorithm, "method"),
             _made(self._modelpool, BaseModelPool, "modelpool"),
             None if self._taskpool is None else _made(self._taskpool, BaseTaskPool, "taskpool"),
+            None if self._finetune is None else _made(self._finetune, FineTuning, "finetune"),
         )
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options of what was given as a mapping, the choices of a run as data."""
+        given = {"method": self._method, "finetune": self._finetune}
+        return {
+            name: {key: value for key, value in spec.items() if not key.startswith("_")}
+            for name, spec in given.items()
+            if isinstance(spec, Mapping)
+        }
 
     def _made_fabric(self) -> Fabric:
         """Build the Fabric; several processes are spawned, not the command run again."""

@@ -6,18 +6,21 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
 from fusion.files import require_writable_folder, write_text
-from fusion.modelpool import BaseModelPool
+
+if TYPE_CHECKING:  # whoever only looks at a run's files pays for no torch
+    from torch import nn
+
+    from fusion.modelpool import BaseModelPool
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 MODEL = "merged.safetensors"
+FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
 
 
@@ -69,9 +72,10 @@ class RunFolder:
                 )
 
     def clear(self) -> None:
-        """Remove the report and the model of an earlier run, so that old and new never mix."""
+        """Remove the report and the models of an earlier run, so that old and new never mix."""
         self.report_path.unlink(missing_ok=True)
         self.model_path.unlink(missing_ok=True)
+        (self.path / FINETUNED).unlink(missing_ok=True)
 
     def save_config(self, text: str) -> None:
         """Write the resolved configuration, YAML as given."""
@@ -81,8 +85,13 @@ class RunFolder:
         self, model: nn.Module, modelpool: BaseModelPool, provenance: Mapping[str, Any]
     ) -> None:
         """Write the model with where it came from in the file's metadata."""
-        metadata = {"provenance": json.dumps(provenance, default=str, sort_keys=True)}
-        modelpool.save_model(model, self.model_path, metadata=metadata)
+        modelpool.save_model(model, self.model_path, metadata=_metadata(provenance))
+
+    def save_finetuned(
+        self, model: nn.Module, modelpool: BaseModelPool, provenance: Mapping[str, Any]
+    ) -> None:
+        """Write the model after fine-tuning, beside the one before it."""
+        modelpool.save_model(model, self.path / FINETUNED, metadata=_metadata(provenance))
 
     def save_report(self, report: Mapping[str, Any]) -> None:
         """Write the report as JSON. It is the last file of a run: where it is, the run is whole."""
@@ -96,6 +105,10 @@ class RunFolder:
         for path in (self.report_path, self.model_path):
             if path.parent != self.path and path.exists():
                 log.info("Saved %s", path)
+
+
+def _metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    return {"provenance": json.dumps(provenance, default=str, sort_keys=True)}
 
 
 def _jsonable(value: object) -> object:

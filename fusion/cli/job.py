@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from fusion.cli.mistakes import tell
 from fusion.errors import UserError
@@ -22,7 +22,7 @@ from fusion.errors import UserError
 log = logging.getLogger(__name__)
 
 _FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
-_GROUPS = ("method", "modelpool", "taskpool", "fabric")
+_GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric")
 _TYPES: dict[str, type] = {
     "seed": int,
     "overwrite": bool,
@@ -38,22 +38,28 @@ def job(config: DictConfig) -> None:
     try:
         _run(config, folder)
     except UserError as error:
-        with contextlib.suppress(OSError):  # a mistake leaves no empty folder behind
-            folder.rmdir()
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the other jobs go on
         tell(error)
+    finally:  # a mistake and a dry run leave no empty folder behind
+        remove_empty(folder, below=Path(str(config.path.output_root)))
+
+
+def remove_empty(folder: Path, *, below: Path) -> None:
+    """Remove ``folder`` if it is empty, and the folders that held only it, up to ``below``."""
+    folder, below = folder.absolute(), below.absolute()
+    parents = [p for p in folder.parents if p == below or below in p.parents]
+    with contextlib.suppress(OSError):  # the first that holds something ends it
+        for empty in (folder, *parents):
+            empty.rmdir()
 
 
 def _run(config: DictConfig, folder: Path) -> None:
     _check_types(config)
     _check_save_paths(config)
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        key = str(error.full_key or error.key)
-        raise UserError(f"{key} has no value; give it as {key}=VALUE") from error
-    assert isinstance(values, dict)
+    if config.dry_run:
+        _keep_no_log()
+    values = _plain(config)
     values["output_path"] = str(folder)
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     if values["print_config"]:
@@ -64,8 +70,9 @@ def _run(config: DictConfig, folder: Path) -> None:
     FusionProgram(
         method=values["method"],
         modelpool=values["modelpool"],
-        taskpool=values["taskpool"],
-        fabric=values["fabric"],
+        taskpool=values.get("taskpool"),
+        finetune=values["finetune"] or None,
+        fabric=values.get("fabric"),
         output_path=folder,
         seed=values["seed"],
         dry_run=values["dry_run"],
@@ -75,21 +82,60 @@ def _run(config: DictConfig, folder: Path) -> None:
         config=text,
         choices=_choices(),
     ).run()
-    if values["dry_run"]:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration in plain Python values, every reference resolved.
+
+    Raises:
+        UserError: a value that somebody must give is missing.
+    """
+    values: dict[str, Any] = {}
+    for key in config:
+        # A path that nobody refers to may stay without a value.
+        complete = key != "path"
+        try:
+            node = config[key]
+            values[str(key)] = (
+                OmegaConf.to_container(node, resolve=True, throw_on_missing=complete)
+                if OmegaConf.is_config(node)
+                else node
+            )
+        except InterpolationToMissingValueError as error:
+            missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+            wanted = missing[1] if missing else str(error.full_key)
+            raise UserError(f"{wanted} has no value; give it as {wanted}=VALUE") from error
+        except MissingMandatoryValue as error:
+            wanted = str(error.full_key or error.key)
+            raise UserError(f"{wanted} has no value; give it as {wanted}=VALUE") from error
+    for group in ("method", "modelpool"):
+        if values.get(group) is None:
+            raise UserError(f"a run needs a {group}; choose one: {group}=NAME")
+    return values
 
 
 def register_resolvers() -> None:
     """Make the resolvers known that the shipped YAML uses."""
     OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def user_cache() -> str:
     """Return this package's folder in the user's cache (XDG base directory specification)."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(root) / "fusion")
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """Return ``<method>/<modelpool>`` as chosen by name; ``sweeps`` for a sweep, which may vary them.
+
+    Hydra's own resolver does not know the choices yet when a sweep asks for its folder.
+    """
+    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    if hydra.mode is RunMode.MULTIRUN:
+        return "sweeps"
+    return f"{hydra.runtime.choices.method}/{hydra.runtime.choices.modelpool}"
 
 
 def job_folder(number: int | str, overrides: Sequence[str]) -> str:
@@ -112,6 +158,15 @@ def _choices() -> Mapping[str, Any]:
     chosen: dict[str, Any] = {group: hydra.runtime.choices.get(group) for group in _GROUPS}
     chosen["overrides"] = list(hydra.overrides.task)
     return chosen
+
+
+def _keep_no_log() -> None:
+    """Take away the log file, which appears with the first message: a dry run leaves nothing."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
 
 
 def _check_types(config: DictConfig) -> None:

@@ -97,6 +97,14 @@ class BaseAlgorithm(ABC):
         models: dict[str, Callable[[], nn.Module]] = self.__dict__.setdefault("_references", {})
         return models
 
+    @property
+    def selected_layers(self) -> list[str]:
+        """The names of the layers that ``run`` merged; none by default.
+
+        A selective fine-tuning trains these and the head.
+        """
+        return []
+
     def result_classes(self, modelpool: BaseModelPool) -> tuple[int, ...] | None:
         """Return the original labels of the result's outputs; the base's by default."""
         name = PRETRAINED if modelpool.has_pretrained else next(iter(modelpool.all_model_names))

@@ -1,5 +1,6 @@
 """Training through Fabric, freezing of layers, recalibration of batch norm."""
 
+from fusion.training.finetuning import FineTuned, FineTuning
 from fusion.training.fitting import fit
 from fusion.training.freezing import Frozen, freeze
 from fusion.training.history import Epoch, History, Scores
@@ -8,6 +9,8 @@ from fusion.training.recalibration import recalibrate_batch_norm
 
 __all__ = [
     "Epoch",
+    "FineTuned",
+    "FineTuning",
     "Frozen",
     "History",
     "Measurement",

@@ -1,0 +1,241 @@
+"""Train a finished network a little more: its head, the layers that were merged, or all of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from fusion.data import ClassSubset, ImageTensors, batches, few, seed_from
+from fusion.errors import UserError, suggestion
+from fusion.models import Layer, find_layers
+from fusion.training.fitting import fit
+from fusion.training.history import History
+from fusion.training.measuring import Measurement, measure
+from fusion.training.schedule import Schedule, check_schedule
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
+
+STRATEGIES = ("head", "selective", "full")
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned network and what it cost.
+
+    Attributes:
+        model: the network.
+        strategy: what was trained.
+        same_as: strategies that would have trained the very same tensors: ``full`` beside
+            ``selective`` where every layer was merged, ``head`` where none was.
+        trained_layers: names of the trained layers, in the order of the forward pass.
+        trained_parameters: how many numbers were trained.
+        parameters: how many the network has.
+        images: how many training images there were.
+        history: scores of every pass.
+        cost: wall time and peak memory of the training.
+    """
+
+    model: nn.Module
+    strategy: str
+    same_as: tuple[str, ...]
+    trained_layers: tuple[str, ...]
+    trained_parameters: int
+    parameters: int
+    images: int
+    history: History
+    cost: Measurement
+
+    def report(self) -> dict[str, Any]:
+        """Return everything but the network as plain values."""
+        return {
+            "strategy": self.strategy,
+            "same_as": list(self.same_as),
+            "trained_layers": list(self.trained_layers),
+            "trained_parameters": self.trained_parameters,
+            "parameters": self.parameters,
+            "images": self.images,
+            "seconds": self.cost.seconds,
+            "peak_bytes": self.cost.peak_bytes,
+            "memory": self.cost.memory,
+            "history": asdict(self.history)["epochs"],
+        }
+
+
+class FineTuning:
+    """How a network is fine-tuned.
+
+    Args:
+        strategy: ``head`` (the last layer of the forward pass), ``selective`` (the layers that
+            were merged, and the head), ``full`` (everything). Whatever is not trained keeps its
+            batch-norm statistics too.
+        epochs: passes over the images.
+        lr: the highest learning rate.
+        weight_decay: AdamW's.
+        batch_size: images a step.
+        schedule: how the learning rate moves: ``one_cycle``, ``cosine``, ``constant``.
+        augment: apply the data set's own augmentation.
+        images: how many training images, drawn at random and fairly among the classes; None for
+            all of them.
+        seed: of the draw, the order and dropout.
+        fast_dev_run: one pass of one batch.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: str = "head",
+        epochs: int = 5,
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        batch_size: int = 128,
+        schedule: Schedule = "one_cycle",
+        augment: bool = False,
+        images: int | None = None,
+        seed: int = 0,
+        fast_dev_run: bool = False,
+    ) -> None:
+        if strategy not in STRATEGIES:
+            raise UserError(
+                f"finetune: there is no strategy '{strategy}'{suggestion(strategy, STRATEGIES)} "
+                f"(there are {', '.join(STRATEGIES)})"
+            )
+        check_schedule(schedule)
+        for option, value in (("epochs", epochs), ("batch_size", batch_size), ("images", images)):
+            if value is not None and value < 1:
+                raise UserError(f"finetune.{option} is {value}; give 1 or more")
+        if not lr > 0:
+            raise UserError(f"finetune.lr is {lr}; give a number above 0")
+        self.strategy = strategy
+        self.images = images
+        self.seed = seed
+        self._fit: dict[str, Any] = {
+            "epochs": 1 if fast_dev_run else epochs,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "batch_size": batch_size,
+            "schedule": schedule,
+            "augment": augment,
+            "max_batches": 1 if fast_dev_run else None,
+        }
+
+    def run(
+        self,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        *,
+        merged: Sequence[str] = (),
+        classes: Sequence[int] | None = None,
+        fabric: Fabric | None = None,
+    ) -> FineTuned:
+        """Return a fine-tuned copy of ``model``.
+
+        Args:
+            model: the network; it is not changed.
+            dataset: training images.
+            merged: names of the layers that were merged, for ``selective``.
+            classes: the original labels that the network's outputs stand for; None if they are
+                those of ``dataset`` in its order.
+            fabric: where to train; by default the best device there is.
+
+        Raises:
+            UserError: the images cannot be drawn, or training fails.
+        """
+        dataset = _relabelled(dataset, classes)
+        device = next(model.parameters()).device
+        images, _ = next(batches(dataset, batch_size=2, device=device))
+        layers = find_layers(model, images)
+        choices = {strategy: _tensors(layers, strategy, merged) for strategy in STRATEGIES}
+        chosen = choices[self.strategy]
+        same_as = [s for s in STRATEGIES if s != self.strategy and choices[s] == chosen]
+        names = [layer.name for layer in layers if chosen & set(layer.tensors)]
+        drawn = _drawn(dataset, self.images, seed_from(self.seed, "fine-tuning"))
+        log.info("Fine-tuning (%s): %d of %d layers", self.strategy, len(names), len(layers))
+        network = copy.deepcopy(model)
+        with measure(fabric.device if fabric is not None else "cpu") as cost:
+            history = fit(
+                network,
+                drawn,
+                trainable=sorted(chosen),
+                seed=self.seed,
+                fabric=fabric,
+                label=f"fine-tuning ({self.strategy})",
+                **self._fit,
+            )
+        return FineTuned(
+            model=network,
+            strategy=self.strategy,
+            same_as=tuple(same_as),
+            trained_layers=tuple(names),
+            trained_parameters=history.trained_parameters,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            images=len(drawn),  # type: ignore[arg-type]
+            history=history,
+            cost=cost,
+        )
+
+
+def head_layer(layers: Sequence[Layer]) -> Layer:
+    """Return the head: the last layer that the forward pass reaches."""
+    return [layer for layer in layers if layer.reached][-1]
+
+
+def _tensors(layers: Sequence[Layer], strategy: str, merged: Sequence[str]) -> frozenset[str]:
+    """Return the tensors that a strategy trains."""
+    if strategy == "full":
+        return frozenset(key for layer in layers for key in layer.tensors)
+    trained = set(head_layer(layers).tensors)
+    if strategy == "selective":
+        owned: Mapping[str, tuple[str, ...]] = {
+            # Under the notebook's scoring a norm is a layer of its own, named by its module.
+            **{norm: _within(layer, norm) for layer in layers for norm in layer.norms},
+            **{layer.name: layer.tensors for layer in layers},
+        }
+        for name in merged:
+            if name not in owned:
+                raise UserError(
+                    f"finetune: the network has no layer '{name}'{suggestion(name, owned)}"
+                )
+            trained |= set(owned[name])
+    return frozenset(trained)
+
+
+def _within(layer: Layer, module: str) -> tuple[str, ...]:
+    return tuple(key for key in layer.tensors if key.startswith(f"{module}."))
+
+
+def _relabelled(dataset: Dataset[Any], classes: Sequence[int] | None) -> Dataset[Any]:
+    """Return the images of ``classes`` (original labels), labelled by their place in it."""
+    if classes is None or not isinstance(dataset, ImageTensors):
+        return dataset
+    known = dataset.original_labels
+    if tuple(classes) == known:
+        return dataset
+    missing = [label for label in classes if label not in known]
+    if missing:
+        raise UserError(
+            f"fine-tuning needs images of every class of the model; {dataset} has none of the "
+            f"labels {missing}"
+        )
+    return ClassSubset(dataset, [known.index(label) for label in classes])
+
+
+def _drawn(dataset: Dataset[Any], images: int | None, seed: int) -> Dataset[Any]:
+    if images is None:
+        return dataset
+    if isinstance(dataset, ImageTensors):
+        return few(dataset, images, seed=seed)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return Subset(dataset, order[:images].tolist())
