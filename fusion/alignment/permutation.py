@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar, overload
 
 import torch
@@ -86,14 +86,24 @@ def apply_permutation(
         UserError: a group that the spec does not have, something that is not a permutation of the
             group's size, or a tensor that is missing or too short.
     """
+    check_permutations(spec, permutations)
     if isinstance(target, nn.Module):
         module = copy.deepcopy(target)
-        module.load_state_dict(apply_permutation(target.state_dict(), spec, permutations))
+        tensors = module.state_dict()  # views of the copy's own tensors
+        for key, value in _permuted(target.state_dict(), spec, permutations):
+            tensors[key].copy_(value)
         return module
-    check_permutations(spec, permutations)
     result = copy.copy(target)  # an OrderedDict with its `_metadata`, where torch made it
     assert isinstance(result, dict)
-    for tensor, parts in spec.by_tensor.items():
+    result.update(_permuted(target, spec, permutations))
+    return result
+
+
+def _permuted(
+    tensors: Mapping[str, Tensor], spec: PermutationSpec, permutations: Permutations
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor that ``permutations`` touch, permuted, one at a time."""
+    for key, parts in spec.by_tensor.items():
         chosen = [
             (group, entry, permutations[group.name])
             for group, entry in parts
@@ -101,13 +111,12 @@ def apply_permutation(
         ]
         if not chosen:
             continue
-        if tensor not in target:
+        if key not in tensors:
             raise UserError(
-                f"the state dict lacks the tensor '{tensor}' that group '{chosen[0][0].name}' "
-                f"permutes{suggestion(tensor, target)}; the spec belongs to another architecture"
+                f"the state dict lacks the tensor '{key}' that group '{chosen[0][0].name}' "
+                f"permutes{suggestion(key, tensors)}; the spec belongs to another architecture"
             )
-        result[tensor] = permute_tensor(target[tensor], tensor, chosen)
-    return result
+        yield key, permute_tensor(tensors[key], key, chosen)
 
 
 def permute_tensor(
