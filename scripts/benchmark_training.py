@@ -72,6 +72,7 @@ def main() -> None:
             )
             seconds[name].append(took)
             accuracy[name].append(right)
+            print(f"{name}, round {number}: {took:.1f} s, {100 * right:.1f} %", flush=True)
     print(f"\n{'setting':30s} {'median s/epoch':>15s} {'accuracy %':>12s}")
     for name in options.settings:
         median = statistics.median(seconds[name]) / options.epochs
