@@ -108,6 +108,7 @@ class FusionProgram:
                 "fine-tuning needs images, and the pool has no train_datasets; add them, or leave "
                 "finetune out"
             )
+        fabric = self._made_fabric()
         if self._dry_run:
             log.info(
                 "Dry run: %s on %s would write to %s; everything checked is in order",
@@ -116,7 +117,6 @@ class FusionProgram:
                 self.folder.path,
             )
             return None
-        fabric = self._made_fabric()
         outcome: Outcome = fabric.launch(self._run_in_process)
         return outcome
 

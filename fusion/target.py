@@ -14,11 +14,21 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import numbers
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError, suggestion
 
+_KINDS: dict[str, type] = {
+    "None": type(None),
+    "bool": bool,
+    "int": numbers.Integral,
+    "float": numbers.Real,
+    "str": str,
+    "Path": Path,
+}
 _WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -105,8 +115,8 @@ def check_options(
     """Check that ``target`` can be called with ``args`` and ``options``; ``where`` names it.
 
     Raises:
-        UserError: an option that the signature does not have (with the nearest that it has), or a
-            required one that is missing.
+        UserError: an option that the signature does not have (with the nearest that it has), a
+            required one that is missing, or text where the signature says a number.
     """
     try:
         signature = inspect.signature(target)
@@ -127,3 +137,21 @@ def check_options(
         (signature.bind_partial if partial else signature.bind)(*args, **options)
     except TypeError as error:
         raise UserError(f"{where}: {error}") from error
+    for option, value in options.items():
+        if option in parameters:
+            _check_kind(parameters[option].annotation, where, option, value)
+
+
+def _check_kind(annotation: object, where: str, option: str, value: object) -> None:
+    """Check a value against an annotation made of plain kinds, such as ``float | None``."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    kinds = text.split(" | ")
+    if not set(kinds) <= _KINDS.keys():
+        return
+    accepted = tuple(_KINDS[kind] for kind in kinds)
+    if isinstance(value, bool) and "bool" not in kinds:  # Python counts True as a number
+        accepted = (str,) if "str" in kinds else ()
+    if not isinstance(value, accepted):
+        raise UserError(
+            f"{where}: {option} is {value!r}, which is no {text.replace(' | ', ' or ')}"
+        )

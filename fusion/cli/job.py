@@ -72,7 +72,7 @@ def _run(config: DictConfig, folder: Path) -> None:
         modelpool=values["modelpool"],
         taskpool=values.get("taskpool"),
         finetune=values["finetune"] or None,
-        fabric=values.get("fabric"),
+        fabric=values["fabric"],
         output_path=folder,
         seed=values["seed"],
         dry_run=values["dry_run"],
@@ -108,9 +108,6 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         except MissingMandatoryValue as error:
             wanted = str(error.full_key or error.key)
             raise UserError(f"{wanted} has no value; give it as {wanted}=VALUE") from error
-    for group in ("method", "modelpool"):
-        if values.get(group) is None:
-            raise UserError(f"a run needs a {group}; choose one: {group}=NAME")
     return values
 
 
@@ -132,7 +129,7 @@ def run_name(*, _root_: DictConfig) -> str:
 
     Hydra's own resolver does not know the choices yet when a sweep asks for its folder.
     """
-    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    hydra: Any = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     if hydra.mode is RunMode.MULTIRUN:
         return "sweeps"
     return f"{hydra.runtime.choices.method}/{hydra.runtime.choices.modelpool}"

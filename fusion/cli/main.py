@@ -56,7 +56,7 @@ def _hydra(arguments: list[str]) -> None:
     register_resolvers()
     # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *mistakes.without_null(arguments)]
     entry = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=PRIMARY)(job)
     try:
         entry()
@@ -64,3 +64,10 @@ def _hydra(arguments: list[str]) -> None:
         if not mistakes.is_configuration_error(error):
             raise
         raise UserError(mistakes.explain(error, arguments, config_dir())) from error
+    except OSError as error:
+        if not mistakes.is_configuration_error(error):
+            raise
+        raise UserError(
+            f"output_path: cannot make the run folder '{error.filename}' ({error.strerror}); "
+            f"choose a folder that you may write to"
+        ) from error
