@@ -3,5 +3,13 @@
 from fusion.method.base import BaseAlgorithm
 from fusion.method.dummy import DummyAlgorithm
 from fusion.method.snr_selective_merge import SNRSelectiveMerge
+from fusion.method.task_vector_cos_similarity import TaskVectorCosSimilarity
+from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
 
-__all__ = ["BaseAlgorithm", "DummyAlgorithm", "SNRSelectiveMerge"]
+__all__ = [
+    "BaseAlgorithm",
+    "DummyAlgorithm",
+    "SNRSelectiveMerge",
+    "TaskVectorCosSimilarity",
+    "TaskVectorViolinPlot",
+]

@@ -62,6 +62,14 @@ class TensorSource(Mapping[str, Tensor]):
             KeyError: there is no such tensor.
         """
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a tensor ``name``, without reading it."""
+        try:
+            self.info(name)  # type: ignore[arg-type]
+        except KeyError:
+            return False
+        return True
+
     def __getitem__(self, name: str) -> Tensor:
         info = self.info(name)
         return self.read(name, 0, info.numel).reshape(info.shape)

@@ -82,6 +82,13 @@ def test_scalars_have_no_dimension(path):
     assert SafetensorsSource(path)["n"] == 7
 
 
+def test_asking_for_a_name_reads_nothing(path, make, monkeypatch):
+    save_safetensors(path, {"w": make(0)})
+    monkeypatch.setattr(SafetensorsSource, "read", None)
+    assert "w" in SafetensorsSource(path)
+    assert "v" not in SafetensorsSource(path)
+
+
 def test_a_source_can_be_saved(network, path, tmp_path):
     save_safetensors(path, network.state_dict())
     again = tmp_path / "again.safetensors"
