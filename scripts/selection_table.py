@@ -79,7 +79,8 @@ def measure(pool_name: str, seed: int, overrides: list[str]) -> list[dict[str, A
     recalibrate_batch_norm(joint, pool.calibration_dataset(), seed=seed)
     add(f"{JOINT}, batch norm recalibrated", tasks.evaluate(joint))
     for name, options in variants():
-        merge = SNRSelectiveMerge(**options, plot=False, progress=False, seed=seed)
+        merge = SNRSelectiveMerge(**options, plot=False, seed=seed)
+        merge.progress = False
         add(name, tasks.evaluate(merge.run(pool)))
     return rows
 

@@ -20,11 +20,12 @@ from fusion.method import layer_scores as scores
 from fusion.method import notebook
 from fusion.method.base import BaseAlgorithm
 from fusion.method.batch_norm import working
+from fusion.method.consistency import keep_consistency
 from fusion.method.layer_scores import LayerRecord
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import find_layers
 from fusion.spectrum import layer_snr
-from fusion.spectrum.snr import SigmaRule, ThresholdRule
+from fusion.spectrum.noise_model import SigmaRule, ThresholdRule
 from fusion.weights import TensorSource, spherical_mean, ties, weighted_mean
 
 if TYPE_CHECKING:
@@ -221,6 +222,9 @@ class SNRSelectiveMerge(BaseAlgorithm):
             result.load_state_dict(merged)
         with self.profile("batch norm"):
             self._treat_batch_norm(treatment, result, model, statistics, modelpool)
+        with self.profile("consistency"):
+            merged_tensors = [key for r in self._records if r.selected for key in r.layer.tensors]
+            keep_consistency(self, result, experts, merged_tensors=merged_tensors)
         self._tell(treatment)
         return result
 
@@ -360,23 +364,23 @@ class SNRSelectiveMerge(BaseAlgorithm):
         statistics: Mapping[str, Tensor],
         modelpool: BaseModelPool,
     ) -> None:
-        """Treat the result's running statistics, and keep the base treated alike as the control."""
-        control = PRETRAINED
-        if treatment == "merge":
-            control = f"{PRETRAINED}, batch norm merged"
+        """Treat the result's running statistics; the base treated alike is the control."""
+        recalibrate = partial(
+            bn.recalibrate,
+            modelpool=modelpool,
+            fabric=self.fabric,
+            images=self.calibration_images,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        if treatment == "recalibrate":
+            recalibrate(result)
+            self.references[f"{PRETRAINED}, batch norm recalibrated"] = partial(recalibrate, base)
+        elif treatment == "merge":
             base.load_state_dict({**base.state_dict(), **statistics})
-        elif treatment == "recalibrate":
-            control = f"{PRETRAINED}, batch norm recalibrated"
-            for model in (result, base):
-                bn.recalibrate(
-                    model,
-                    modelpool,
-                    self.fabric,
-                    images=self.calibration_images,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                )
-        self.references[control] = lambda: base
+            self.references[f"{PRETRAINED}, batch norm merged"] = lambda: base
+        else:
+            self.references[PRETRAINED] = lambda: base
 
     def _tell(self, treatment: str) -> None:
         head = [key for r in self._records if r.is_head for key in r.layer.tensors]
