@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import convnext, densenet, efficientnet, resnet, vgg
+from torchvision.models import convnext, densenet, efficientnet, regnet, resnet, vgg
 
 from fusion.alignment import PermutationSpec, permutation_spec
 
@@ -50,6 +50,13 @@ def shallow_efficientnet_v2() -> nn.Module:
     return efficientnet.EfficientNet(setting, dropout=0.2, last_channel=80, num_classes=10)
 
 
+def shallow_regnet(se_ratio: float | None) -> nn.Module:
+    params = regnet.BlockParams.from_init_params(
+        depth=7, w_0=16, w_a=12.0, w_m=2.0, group_width=8, se_ratio=se_ratio
+    )
+    return regnet.RegNet(params, num_classes=10, stem_width=16)
+
+
 # name -> (constructor, side of the square input)
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "alexnet": (lambda: models.alexnet(num_classes=10), 63),
@@ -77,8 +84,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "shufflenet_v2": (lambda: models.shufflenet_v2_x0_5(num_classes=10), 32),
     "efficientnet": (lambda: models.efficientnet_b0(num_classes=10), 32),
     "efficientnet_v2": (shallow_efficientnet_v2, 32),
-    "regnet_x": (lambda: models.regnet_x_400mf(num_classes=10), 32),
-    "regnet_y": (lambda: models.regnet_y_400mf(num_classes=10), 32),
+    "regnet_x": (lambda: shallow_regnet(se_ratio=None), 32),
+    "regnet_y": (lambda: shallow_regnet(se_ratio=0.25), 32),
     "convnext": (shallow_convnext, 32),
 }
 
@@ -94,7 +101,7 @@ def randomise(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
-                p.copy_(uniform(p, -0.5, 0.5))
+                p.copy_(uniform(p, 0.0, 1.0))  # positive: few units are dead after a ReLU
             elif p.ndim <= 1 or name.endswith("layer_scale"):
                 p.copy_(uniform(p, 0.5, 1.5))
         # True statistics first, so that the signal survives to the last layer; then off by half.
@@ -107,7 +114,6 @@ def randomise(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
             norm.momentum = momentum
             norm.running_mean += norm.running_var.sqrt() * uniform(norm.running_mean, -0.5, 0.5)
             norm.running_var *= uniform(norm.running_var, 0.5, 1.5)
-            norm.running_var += 1e-3
     return model.eval()
 
 

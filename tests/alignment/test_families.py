@@ -22,12 +22,17 @@ from fusion.alignment import (
 
 Member = tuple[nn.Module, Tensor, PermutationSpec]
 ROUNDING = 1e-12  # in float64; EfficientNet's smallest real error is about 1e-11
-ENTRIES = 12  # left out one at a time, drawn from all of them; `slow` leaves out every one
+ENTRIES = 8  # left out one at a time, drawn from all of them; `slow` leaves out every one
+MANY = 15_000_000  # parameters from which on a test takes seconds
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model(x)
+
+
+def is_large(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > MANY
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -69,7 +74,8 @@ def left_out(spec: PermutationSpec) -> list[tuple[int, int]]:
 def test_no_entry_can_be_left_out(member: Member) -> None:
     model, x, spec = member
     expected = output(model, x)
-    for g, e in random.Random(0).sample(left_out(spec), ENTRIES):
+    entries = 2 if is_large(model) else ENTRIES
+    for g, e in random.Random(0).sample(left_out(spec), entries):
         change = distance(expected, output(without_one(model, spec, g, e), x))
         assert change > ROUNDING, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
 
@@ -85,20 +91,14 @@ def test_not_one_entry_can_be_left_out(member: Member) -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_a_planted_permutation_is_recovered(member: Member, noise: float) -> None:
-    if isinstance(member[0], models.AlexNet):
-        pytest.skip("57 million weights: under the marker slow")
+    if is_large(member[0]):
+        pytest.skip("takes seconds: under the marker slow")
     check_recovery(member[0], member[2], noise)
 
 
 @pytest.mark.slow
-def test_alexnet_is_recovered() -> None:
-    model = models.alexnet().eval()
-    check_recovery(model, permutation_spec(model, torch.zeros(1, 3, 64, 64)), noise=0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.01, 0.1])
-def test_a_planted_permutation_is_recovered_under_less_noise(member: Member, noise: float) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.5])
+def test_a_planted_permutation_is_recovered_at_any_noise(member: Member, noise: float) -> None:
     check_recovery(member[0], member[2], noise)
 
 
