@@ -125,7 +125,7 @@ def user_cache() -> str:
 
 
 def run_name(*, _root_: DictConfig) -> str:
-    """Return ``<method>/<modelpool>`` as chosen by name; ``sweeps`` for a sweep, which may vary them.
+    """Return ``<method>/<modelpool>`` as chosen by name; ``sweeps`` for a sweep.
 
     Hydra's own resolver does not know the choices yet when a sweep asks for its folder.
     """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fusion.modelpool import PRETRAINED, BaseModelPool, as_modelpool
+from fusion.modelpool import BaseModelPool, as_modelpool
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -107,8 +107,7 @@ class BaseAlgorithm(ABC):
 
     def result_classes(self, modelpool: BaseModelPool) -> tuple[int, ...] | None:
         """Return the original labels of the result's outputs; the base's by default."""
-        name = PRETRAINED if modelpool.has_pretrained else next(iter(modelpool.all_model_names))
-        return modelpool.classes(name)
+        return modelpool.classes(modelpool.pretrained_or_first_name)
 
     @property
     def timings(self) -> dict[str, Timing]:

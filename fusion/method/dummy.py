@@ -21,10 +21,11 @@ class DummyAlgorithm(BaseAlgorithm):
         return modelpool.load_pretrained_or_first_model()
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
-        """Check that there is a model at all.
+        """Check that there is a model at all, and the one that is handed back.
 
         Raises:
-            UserError: the pool is empty.
+            UserError: the pool is empty, or that model cannot be made.
         """
-        if not modelpool:
-            raise UserError("the pool is empty; give it at least one model")
+        name = modelpool.pretrained_or_first_name
+        if wrong := modelpool.member(name).check(name, modelpool):
+            raise UserError("; ".join(wrong))

@@ -139,10 +139,19 @@ class BaseModelPool:
         Raises:
             UserError: the pool is empty.
         """
+        return self.load_model(self.pretrained_or_first_name)
+
+    @property
+    def pretrained_or_first_name(self) -> str:
+        """The name of the base, or of the first expert where there is no base.
+
+        Raises:
+            UserError: the pool is empty.
+        """
         if not self._members:
             raise UserError("the pool is empty; give it at least one model")
         names = self.model_names or self.all_model_names
-        return self.load_model(PRETRAINED if self.has_pretrained else names[0])
+        return PRETRAINED if self.has_pretrained else names[0]
 
     def models(self) -> Iterator[nn.Module]:
         """Yield the experts' networks, one at a time, never all in memory."""
@@ -177,8 +186,8 @@ class BaseModelPool:
         ``Checkpoint(path)`` finds everything in the one file.
         """
         written = dict(metadata or {})
-        name = PRETRAINED if self.has_pretrained else next(iter(self._members), None)
-        if name is not None and "architecture" not in written:
+        if self and "architecture" not in written:
+            name = self.pretrained_or_first_name
             spec = self.member(name).architecture_spec
             if spec is not None and self._fits(name, model):
                 written["architecture"] = json.dumps(canonical(spec))

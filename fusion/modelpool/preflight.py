@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
 
 _SHOWN = 5  # tensors named for each model before the rest is counted
+_FINITE = "weights must be finite; leave the model out or repair it"
 
 
 def check_pool(pool: BaseModelPool) -> None:
@@ -24,28 +25,28 @@ def check_pool(pool: BaseModelPool) -> None:
     Raises:
         UserError: names every offending model and tensor.
     """
-    if not pool:
-        raise UserError("the pool is empty; give it at least one model")
-    _raise([line for name in pool.all_model_names for line in pool.member(name).check(name, pool)])
-
-    reference = "_pretrained_" if pool.has_pretrained else pool.model_names[0]
-    base = pool.architecture(reference)
-    expected = base.state_dict()
-    free = head_tensors(base)
-    label = "the pretrained model" if pool.has_pretrained else f"'{reference}'"
-    wrong: list[str] = []
-    for name in pool.model_names:
-        if name != reference:
-            found = pool.architecture(name).state_dict()
-            wrong += _shorten(f"expert '{name}'", _differences(found, expected, free, label))
-    _raise(wrong, "a pool's members must share one architecture up to the head")
-
-    wrong = []
-    for name in [reference, *(n for n in pool.model_names if n != reference)]:
+    reference = pool.pretrained_or_first_name
+    alone = {name: pool.member(name).check(name, pool) for name in pool.all_model_names}
+    whole = [name for name in (reference, *pool.model_names) if not alone[name]]
+    unlike: list[str] = []
+    if not alone[reference]:
+        base = pool.architecture(reference)
+        expected, free = base.state_dict(), head_tensors(base)
+        label = "the pretrained model" if pool.has_pretrained else f"'{reference}'"
+        for name in whole:
+            if name != reference:
+                found = pool.architecture(name).state_dict()
+                unlike += _shorten(f"expert '{name}'", _differences(found, expected, free, label))
+    infinite: list[str] = []
+    for name in dict.fromkeys(whole):
         source = pool.member(name).stored()
         if source is not None:
-            wrong += _shorten(f"model '{name}'", _not_finite(source))
-    _raise(wrong, "weights must be finite; leave the model out or repair it")
+            infinite += _shorten(f"model '{name}'", _not_finite(source))
+    _raise(
+        [line for lines in alone.values() for line in lines]
+        + _with_rule(unlike, "a pool's members must share one architecture up to the head")
+        + _with_rule(infinite, _FINITE)
+    )
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -55,7 +56,7 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
         UserError: names the model and its offending tensors.
     """
     wrong = _shorten(f"model '{name}'", _not_finite(tensors))
-    _raise(wrong, "weights must be finite; leave the model out or repair it")
+    _raise(_with_rule(wrong, _FINITE))
 
 
 def head_tensors(model: nn.Module) -> frozenset[str]:
@@ -108,6 +109,10 @@ def _shorten(owner: str, lines: list[str]) -> list[str]:
     return told
 
 
-def _raise(lines: list[str], rule: str = "") -> None:
+def _with_rule(lines: list[str], rule: str) -> list[str]:
+    return [*lines, rule] if lines else []
+
+
+def _raise(lines: list[str]) -> None:
     if lines:
-        raise UserError("; ".join(lines) + (f"; {rule}" if rule else ""))
+        raise UserError("; ".join(lines))

@@ -17,7 +17,7 @@ from fusion.data import ClassSubset, seed_from
 from fusion.errors import UserError
 from fusion.modelpool.fingerprint import canonical, digest_tensors
 from fusion.modelpool.member import Member, build_architecture, on_meta
-from fusion.models import slice_head
+from fusion.models import head_names, slice_head
 from fusion.target import build, check_options, locate
 from fusion.training import fit
 from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, save_safetensors
@@ -82,6 +82,9 @@ class TrainedModel(Member):
                     f"TrainedModel: {option} must be a mapping with _target_, not a "
                     f"{type(value).__name__}: a recipe is kept under what it says"
                 )
+        for count, number in (("epochs", epochs), ("batch_size", batch_size)):
+            if number < 1:
+                raise UserError(f"TrainedModel: {count} is {number}; give 1 or more")
         self.architecture_spec = architecture
         self.classes = None if classes is None else tuple(classes)
         self.init_from = init_from
@@ -129,6 +132,8 @@ class TrainedModel(Member):
             target = str(self._dataset["_target_"])
             options = {k: v for k, v in self._dataset.items() if not k.startswith("_")}
             check_options(locate(target), target, (), options)
+            if self.init_from is not None and not lines:
+                self._inherited(self._parent().architecture().state_dict(), self.architecture())
         except UserError as error:
             lines.append(f"model '{name}': {error}")
         return lines
@@ -230,7 +235,8 @@ class TrainedModel(Member):
             torch.manual_seed(seed)
             model = build_architecture(self.architecture_spec)
         if self.init_from is not None:
-            model.load_state_dict(self._inherited(model))
+            parent = self._parent().build().state_dict()
+            model.load_state_dict(self._inherited(parent, model))
         # One process of its own, whatever the run uses: the recipe alone decides the weights.
         fabric = Fabric(
             accelerator=self._accelerator,
@@ -264,17 +270,23 @@ class TrainedModel(Member):
             metadata["classes"] = json.dumps(list(labels))
         return {key: value.cpu() for key, value in model.state_dict().items()}, metadata
 
-    def _inherited(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the parent's weights, with its head's rows for the classes kept here."""
-        parent = self._parent()
-        state = {key: value.clone() for key, value in parent.build().state_dict().items()}
+    def _inherited(self, parent: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Return the parent's weights, with its head's rows for the classes kept here.
+
+        Raises:
+            UserError: they do not fit ``model``, or the parent does not know a class.
+        """
         if self.classes is None:
-            return state
-        known = list(parent.classes or range(max(self.classes) + 1))
+            if odd := head_names(parent, model):
+                raise UserError(
+                    f"the head of '{self.init_from}' has another size ({', '.join(odd)}); say "
+                    f"which of its classes to keep with 'classes'"
+                )
+            return dict(parent)
+        known = list(self._parent().classes or range(max(self.classes) + 1))
         missing = [label for label in self.classes if label not in known]
         if missing:
             raise UserError(
-                f"model '{self._name}': '{self.init_from}' has no rows for the classes {missing}; "
-                f"it knows {known}"
+                f"'{self.init_from}' has no rows for the classes {missing}; it knows {known}"
             )
-        return slice_head(state, like=model, rows=[known.index(label) for label in self.classes])
+        return slice_head(parent, like=model, rows=[known.index(label) for label in self.classes])
