@@ -43,14 +43,14 @@ def test_every_convolution_is_followed_by_its_own_batch_norm() -> None:
     assert [m.num_features for m in norms] == [m.out_channels for m in convolutions]
 
 
-def test_the_skip_carries_the_input() -> None:
+def test_a_block_starts_as_the_identity_and_adds_its_branch() -> None:
     block = SeparableResNet(width=0.25).stage1[0].eval()
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
     x = torch.rand(2, 16, 8, 8)
     assert torch.equal(block(x), x)
+    nn.init.ones_(block.second.pointwise_norm.weight)
+    branch = block.second(torch.relu(block.first(x)))
+    assert branch.abs().max() > 0
+    torch.testing.assert_close(block(x), torch.relu(x + branch))
 
 
 def test_dropout_follows_the_first_three_fully_connected_layers() -> None:
@@ -62,6 +62,9 @@ def test_dropout_follows_the_first_three_fully_connected_layers() -> None:
 
 def test_its_graph_computes_what_it_computes() -> None:
     model = SeparableResNet(width=0.25).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # zero at the end of each branch, it would hide a fault
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(fx.symbolic_trace(model)(images), model(images))
 
