@@ -162,6 +162,7 @@ class FusionProgram:
             "models": pool.all_model_names,
             "seed": self._seed,
             "evaluation": evaluations,
+            "references": list(algorithm.references),
             "finetune": None if finetuned is None else finetuned.report(),
             "algorithm": algorithm.report,
             "timings": {what: asdict(timing) for what, timing in algorithm.timings.items()},

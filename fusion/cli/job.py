@@ -16,13 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from fusion.cli import sweep
 from fusion.cli.mistakes import tell
 from fusion.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
-_GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric")
+_GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "merge")
 _TYPES: dict[str, type] = {
     "seed": int,
     "overwrite": bool,
@@ -65,6 +66,16 @@ def _run(config: DictConfig, folder: Path) -> None:
     if values["print_config"]:
         log.info("Configuration\n%s", text.rstrip())
 
+    if HydraConfig.get().mode is not RunMode.MULTIRUN or values["dry_run"]:
+        _run_program(values, folder, text)
+    elif sweep.already_finished(folder, text, overwrite=values["overwrite"]):
+        log.info("Finished in an earlier sweep: %s", folder)
+    else:
+        with sweep.failing_alone(folder):
+            _run_program(values, folder, text)
+
+
+def _run_program(values: Mapping[str, Any], folder: Path, text: str) -> None:
     from fusion.program import FusionProgram  # from here on torch is paid for
 
     FusionProgram(
@@ -154,6 +165,8 @@ def _choices() -> Mapping[str, Any]:
     hydra = HydraConfig.get()
     chosen: dict[str, Any] = {group: hydra.runtime.choices.get(group) for group in _GROUPS}
     chosen["overrides"] = list(hydra.overrides.task)
+    if hydra.mode is RunMode.MULTIRUN:
+        chosen["job"] = hydra.job.num
     return chosen
 
 

@@ -144,7 +144,7 @@ def common_tensors(
 def consistency_table(found: Mapping[str, Consistency]) -> pd.DataFrame:
     """Return a row for each scope and pair: ``scope``, ``expert``, ``other``, ``consistency``.
 
-    The rows whose ``other`` is empty are each expert's mean; without an ``expert``, the mean of all.
+    Rows whose ``other`` is empty are means: each expert's, and without ``expert`` that of all.
     """
     import pandas as pd
 

@@ -1,0 +1,98 @@
+"""What a sweep's jobs owe each other: to be skipped when done, and to fail alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from fusion.errors import UserError
+from fusion.files import write_text
+from fusion.run_folder import CONFIG, ERROR, REPORT
+
+log = logging.getLogger(__name__)
+
+COMMAND = "command.txt"
+_NO_MATTER = ("overwrite", "print_config")  # keys that change nothing in what a job computes
+_FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
+_MISTAKE = 2
+
+
+def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
+    """Return whether the job of this configuration (YAML) has left its report in ``folder``.
+
+    Raises:
+        UserError: the report there is another job's, and must not be overwritten.
+    """
+    if overwrite or not (folder / REPORT).is_file():
+        return False
+    if (folder / CONFIG).is_file():
+        earlier = (folder / CONFIG).read_text(encoding="utf-8")
+        if _comparable(earlier) == _comparable(config):
+            return True
+    raise UserError(
+        f"'{folder}' holds the report of a job with other options; a sweep can be resumed in its "
+        f"own output_path only: choose another one, or replace it with overwrite=true"
+    )
+
+
+@contextmanager
+def failing_alone(folder: Path) -> Iterator[None]:
+    """Keep what goes wrong in the block in ``error.json``, so that the other jobs go on."""
+    (folder / ERROR).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        told = {
+            "kind": type(error).__name__,
+            "mistake": mistake,
+            "message": str(error) or repr(error),
+            "traceback": traceback.format_exc(),
+        }
+        write_text(folder / ERROR, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        log.error("This job failed: %s", error, exc_info=not mistake)
+
+
+class Summarise(Callback):
+    """At the end of a sweep, whoever wrote it: the table, the figures and the page."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep the command, to resume and to reproduce the sweep by it."""
+        del kwargs
+        if not config.dry_run:
+            command = shlex.join(["fusion_bench", *sys.argv[1:]])
+            write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Summarise the sweep's folder; leave with an error if a job failed."""
+        del kwargs
+        if config.dry_run:
+            return
+        summarise_and_tell(Path(config.hydra.sweep.dir))
+
+
+def summarise_and_tell(folder: Path) -> None:
+    """Summarise ``folder``; say what was written and what failed, and exit accordingly."""
+    from fusion.study import summarise
+
+    summary = summarise(folder)
+    sys.stdout.write(summary.text)
+    if summary.failed:
+        records = [json.loads((folder / name / ERROR).read_text()) for name in summary.failed]
+        sys.exit(_MISTAKE if all(record["mistake"] for record in records) else _FAILED)
+
+
+def _comparable(config: str) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.create(config))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in _NO_MATTER}

@@ -1,0 +1,6 @@
+"""What several runs say together: read from their reports, put into a table, figures and a page."""
+
+from fusion.study.runs import Run, read_runs
+from fusion.study.summarise import summarise
+
+__all__ = ["Run", "read_runs", "summarise"]

@@ -1,0 +1,60 @@
+"""From the runs of a sweep to its table, its figures and its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusion.files import write_text
+from fusion.study.markdown import markdown_table
+from fusion.study.runs import FAILED, FINISHED, UNFINISHED, read_runs
+from fusion.study.table import run_table, strategy_table
+
+TABLE, PAGE, MARKDOWN = "study.csv", "index.html", "study.md"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep came to.
+
+    Attributes:
+        text: for the terminal: how many runs, the table, what failed, where the files are.
+        files: what was written.
+        failed: names of the runs that failed.
+        unfinished: names of the runs that were cut off.
+    """
+
+    text: str
+    files: tuple[Path, ...]
+    failed: tuple[str, ...]
+    unfinished: tuple[str, ...]
+
+
+def summarise(folder: str | Path) -> Summary:
+    """Write ``study.csv``, ``study.md``, the figures and ``index.html`` into a sweep's folder.
+
+    Everything comes from the reports of the runs below it; so it can be done at any time, while
+    the sweep still runs or long after.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    folder = Path(folder)
+    runs = read_runs(folder)
+    table = run_table(runs)
+    files = [folder / TABLE]
+    write_text(folder / TABLE, table.to_csv(index=False))
+    failed = tuple(run.name for run in runs if run.status == FAILED)
+    unfinished = tuple(run.name for run in runs if run.status == UNFINISHED)
+    finished = sum(run.status == FINISHED for run in runs)
+    text = [f"{finished} of {len(runs)} runs finished"]
+    if finished:
+        strategies = strategy_table(table)
+        told = markdown_table(strategies)
+        write_text(folder / MARKDOWN, told)
+        files.append(folder / MARKDOWN)
+        text.append(told)
+    text += [f"failed: {run.name}: {run.error}" for run in runs if run.status == FAILED]
+    text += [f"unfinished: {name}" for name in unfinished]
+    text.append(f"Saved in {folder}: {', '.join(file.name for file in files)}")
+    return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)

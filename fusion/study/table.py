@@ -1,0 +1,180 @@
+"""One row a run: what was chosen and what came out; and one row a strategy, over its seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from fusion.study.runs import FINISHED, Run
+
+SEED = "seed"
+NO_MERGE = "DummyAlgorithm"  # the algorithm that hands back the base
+NO_FINETUNING = "none"
+
+# The figures of a run, in the order of the columns; accuracies and F1 are shares, 0 to 1.
+FIGURES = (
+    "zero_shot_accuracy",
+    "zero_shot_f1",
+    "finetuned_accuracy",
+    "finetuned_f1",
+    "training_seconds",
+    "peak_bytes",
+    "trained_parameters",
+    "control_accuracy",
+    "control_f1",
+    "merged_layers",
+    "candidate_layers",
+    "consistency_all_layers",
+    "consistency_merged_layers",
+    "cycle_consistency",
+    "run_seconds",
+    "evaluate_seconds",
+)
+_CHOICES = ("algorithm", "method", "modelpool", "taskpool", "strategy", SEED)
+_ABOUT = ("run", "status", "error", "order", "same_as", "control", "memory", "aligned")
+
+
+def run_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return a row for each run, failed ones included.
+
+    Columns: ``run``, ``status``, ``error``; what was chosen (``algorithm``, ``method``,
+    ``modelpool``, ``taskpool``, ``strategy`` of fine-tuning, ``seed``, and every option as
+    ``method.<option>`` and ``finetune.<option>``); ``FIGURES`` on the first task; and every task's
+    as ``<task>/zero_shot/accuracy`` and so on. What a run does not have is missing.
+    """
+    rows = [_row(run, order) for order, run in enumerate(runs)]
+    table = pd.DataFrame(rows)
+    first = [*_ABOUT[:3], *_CHOICES]
+    options = [c for c in table if c.startswith(("method.", "finetune."))]
+    figures = [*FIGURES, *_ABOUT[3:]]
+    rest = [c for c in table if c not in {*first, *options, *figures}]
+    return table.reindex(columns=[*first, *options, *figures, *rest])
+
+
+def choice_columns(table: pd.DataFrame) -> list[str]:
+    """Return the columns that say what was chosen, seeds apart."""
+    return [
+        column
+        for column in table
+        if (column in _CHOICES or column.startswith(("method.", "finetune.")))
+        and column.rpartition(".")[2] != SEED
+    ]
+
+
+def strategy_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each combination of choices: mean over its seeds and standard error.
+
+    Columns: the choices, ``seeds`` (how many), each of ``FIGURES`` (the mean) and
+    ``<figure>_error`` (the standard error of the mean; missing for a single seed); ``order``,
+    ``same_as``, ``control``, ``memory`` of the first. Runs that did not finish are left out.
+    """
+    finished = runs[runs["status"] == FINISHED]
+    choices = choice_columns(finished)
+    rows = []
+    for _, group in finished.groupby(choices, dropna=False, sort=False):
+        first = group.iloc[0]
+        row = {column: first[column] for column in (*choices, *_ABOUT[3:])}
+        row["seeds"] = len(group)
+        for figure in FIGURES:
+            values = group[figure].dropna().astype(float)
+            row[figure] = values.mean() if len(values) else math.nan
+            row[f"{figure}_error"] = (
+                values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            )
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("order").reset_index(drop=True)
+
+
+def is_base(table: pd.DataFrame) -> pd.Series[bool]:
+    """Return which rows merged nothing."""
+    return table["algorithm"] == NO_MERGE
+
+
+def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
+    """Return which rows are the baseline: the base, fine-tuned in full."""
+    return is_base(table) & (table["strategy"] == "full")
+
+
+def _row(run: Run, order: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "run": run.name,
+        "status": run.status,
+        "error": run.error,
+        "order": order,
+    }
+    if run.status != FINISHED:
+        return row
+    report = run.report
+    choices = report.get("choices", {})
+    finetune = report.get("finetune") or {}
+    algorithm = report.get("algorithm", {})
+    row |= {
+        "algorithm": report.get("method"),
+        "method": choices.get("method"),
+        "modelpool": choices.get("modelpool"),
+        "taskpool": choices.get("taskpool"),
+        "strategy": finetune.get("strategy", NO_FINETUNING),
+        SEED: report.get("seed"),
+    }
+    for group, options in report.get("options", {}).items():
+        row |= {f"{group}.{name}": _cell(value) for name, value in options.items()}
+    selected = algorithm.get("selected_layers")
+    consistency = algorithm.get("consistency", {})
+    row |= {
+        "training_seconds": finetune.get("seconds"),
+        "peak_bytes": finetune.get("peak_bytes"),
+        "memory": finetune.get("memory"),
+        "trained_parameters": finetune.get("trained_parameters"),
+        "same_as": " ".join(finetune.get("same_as", [])),
+        "merged_layers": None if selected is None else len(selected),
+        "candidate_layers": algorithm.get("candidate_layers"),
+        "consistency_all_layers": consistency.get("all layers", {}).get("mean"),
+        "consistency_merged_layers": consistency.get("merged layers", {}).get("mean"),
+        "run_seconds": report.get("seconds", {}).get("run"),
+        "evaluate_seconds": report.get("seconds", {}).get("evaluate"),
+    }
+    return row | _alignment(algorithm.get("alignment")) | _evaluation(report)
+
+
+def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
+    evaluation = report.get("evaluation", {})
+    row: dict[str, Any] = {}
+    control = next(iter(report.get("references", [])), None)
+    row["control"] = control
+    stages = {"zero_shot": "merged", "finetuned": "finetuned", "control": control}
+    for stage, entry in stages.items():
+        for number, (task, metrics) in enumerate(evaluation.get(entry, {}).items()):
+            for metric in ("accuracy", "f1"):
+                if number == 0:  # the first task is the one that the study is about
+                    row[f"{stage}_{metric}"] = metrics.get(metric)
+                row[f"{task}/{stage}/{metric}"] = metrics.get(metric)
+    return row
+
+
+def _alignment(alignment: Any) -> dict[str, Any]:
+    """Return what a merge says of aligning its experts: whether it changed them, and the cycle."""
+    if not isinstance(alignment, Mapping):
+        return {}
+    cycles = [
+        member["cycle_consistency"]
+        for member in alignment.values()
+        if isinstance(member, Mapping) and member.get("cycle_consistency") is not None
+    ]
+    changed = [
+        bool(member["changed"])
+        for member in alignment.values()
+        if isinstance(member, Mapping) and "changed" in member
+    ]
+    return {
+        "cycle_consistency": max(cycles) if cycles else None,
+        "aligned": any(changed) if changed else None,
+    }
+
+
+def _cell(value: Any) -> Any:
+    """Return a plain value as it is, a list or mapping as JSON: a cell that can be compared."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
