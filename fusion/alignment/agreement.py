@@ -101,7 +101,8 @@ def _correlations(
 ) -> dict[str, Tensor]:
     """Return for each weight (channels, channels): model's channel by reference's channel."""
     moments = {key: _Moments() for key in watched}
-    model.to(device), reference.to(device)
+    model.to(device)
+    reference.to(device)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     images = 0
     with _Recorder(model, watched) as ours, _Recorder(reference, watched) as theirs:
@@ -164,10 +165,9 @@ class _Moments:
             # Differences from the first batch's means: small numbers, so their squares keep digits.
             self.shift = ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
             n, m = len(ours), len(theirs)
-            new = {"dtype": torch.float64, "device": ours.device}
-            self.sums = [torch.zeros(n, **new), torch.zeros(m, **new)]
-            self.squares = [torch.zeros(n, **new), torch.zeros(m, **new)]
-            self.product = torch.zeros(n, m, **new)
+            self.product = torch.zeros(n, m, dtype=torch.float64, device=ours.device)
+            self.sums = [self.product.new_zeros(n), self.product.new_zeros(m)]
+            self.squares = [self.product.new_zeros(n), self.product.new_zeros(m)]
         a, b = ours - self.shift[0], theirs - self.shift[1]
         self.count += a.shape[1]
         for i, part in enumerate((a, b)):

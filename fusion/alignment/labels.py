@@ -96,7 +96,7 @@ class Ledger:
 
     def tie(self, a: Tensor, b: Tensor, why: str) -> None:
         """Demand that, position by position, the labels ``a`` and ``b`` be one unit."""
-        pairs = torch.stack([part.flatten() for part in torch.broadcast_tensors(a, b)])
+        pairs = torch.stack([part.flatten() for part in _broadcast(a, b)])
         bound = (pairs == FIXED).any(dim=0)
         if bound.any():
             self.fix(pairs[:, bound], why)
@@ -126,7 +126,7 @@ class Ledger:
         self._alive.append(value)
         units, sites = core(value.units), core(value.sites)
         if any(u > 1 and s > 1 for u, s in zip(units.shape, sites.shape, strict=True)):
-            units, sites = torch.broadcast_tensors(units, sites)
+            units, sites = _broadcast(units, sites)
             self.colour(units.flatten(), sites.flatten())
         else:  # all units have the same sites: only their presence tells
             self.colour(units.flatten(), torch.zeros_like(units).flatten())
@@ -144,7 +144,7 @@ class Ledger:
         patterns = none
         if sites.shape[axis] > 1:
             columns = sites.movedim(axis, 0).flatten(1)
-            patterns = torch.unique(columns, dim=0, return_inverse=True)[1]
+            patterns = torch.unique(columns, dim=0, return_inverse=True)[1]  # type: ignore[no-untyped-call]
         self.colour(labels, patterns)
         return Vector(labels, patterns)
 
@@ -200,7 +200,7 @@ def channelwise(vector: Vector, shape: Sequence[int], axis: int) -> Labels:
 def join(values: Sequence[Labels], axis: int) -> Labels:
     """Return the labels of the concatenation of ``values`` along ``axis``."""
     sites = [value.sites for value in values]
-    owners = [set(core(value.units).unique().tolist()) - {FIXED} for value in values]
+    owners = [set(core(value.units).flatten().tolist()) - {FIXED} for value in values]
     if sum(map(len, owners)) > len(set().union(*owners)):
         # One unit stands in several parts, with different contents: its copies are further sites.
         sites = [_offset(site, i, len(values)) for i, site in enumerate(sites)]
@@ -213,7 +213,14 @@ def merge_sites(a: Tensor, b: Tensor) -> Tensor:
         return a
     if a.numel() == 1:
         return b
-    return torch.unique(a * (int(b.max()) + 1) + b, return_inverse=True)[1]
+    pairs = a * (int(b.max()) + 1) + b
+    numbers: Tensor = torch.unique(pairs, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+    return numbers
+
+
+def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return a.expand(shape), b.expand(shape)
 
 
 def _offset(sites: Tensor, part: int, parts: int) -> Tensor:

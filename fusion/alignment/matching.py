@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -183,7 +184,7 @@ class _State:
                 settled = pending.settled(entry)
                 if settled is None:
                     continue
-                if settled is not True:
+                if isinstance(settled, Tensor):
                     reference = reference * settled.to(reference)
             a = _units(reference, entry)
             b = _units(self.tensors[key], entry)
@@ -255,7 +256,7 @@ class _Pending:
             elif (entry.tensor, entry.axis) in self.axes:
                 self.axes[entry.tensor, entry.axis][entry.positions.flatten()] += change
 
-    def settled(self, entry: Entry) -> Tensor | bool | None:
+    def settled(self, entry: Entry) -> Tensor | Literal[True] | None:
         """Return which positions across ``entry`` are settled: all (True), none (None), or a mask."""
         key, other = entry.tensor, 1 - entry.axis
         if (key, other) not in self.axes:

@@ -153,27 +153,28 @@ class Labeller:
         }
         if len(args) != 1 or kwargs or not isinstance(args[0], Labels):
             return self._unknown(why, real, (args, kwargs, owned))
-        x, kind = args[0], type(module)
+        x = args[0]
         weight, bias = owned.get("weight"), owned.get("bias")
-        if kind in CONVOLUTIONS and weight is not None:
-            return self._convolution(x, weight, bias, module.groups, why, real)
-        if kind in TRANSPOSED and weight is not None:
-            return self._convolution(x, weight, bias, module.groups, why, real, transposed=True)
+        kind = type(module)  # exactly: a subclass may compute something else
+        if kind in CONVOLUTIONS + TRANSPOSED and weight is not None:
+            groups, transposed = int(module.groups), kind in TRANSPOSED  # type: ignore[arg-type]
+            return self._convolution(x, weight, bias, groups, why, real, transposed=transposed)
         if kind is nn.Linear and weight is not None:
             return self._contraction(x, weight, bias, 1, -1, (1, 0), why, real)
-        if kind in BATCH_NORMS or kind in INSTANCE_NORMS:
+        if kind in BATCH_NORMS + INSTANCE_NORMS:
             statistics = (owned.get("running_mean"), owned.get("running_var"))
             return self._per_channel(x, (*statistics, weight, bias), why)
-        if kind is nn.LayerNorm or kind is nn.RMSNorm:
-            return self._layer_norm(x, len(module.normalized_shape), (weight, bias), why)
+        if kind in (nn.LayerNorm, nn.RMSNorm):
+            axes = len(module.normalized_shape)  # type: ignore[arg-type]
+            return self._layer_norm(x, axes, (weight, bias), why)
         if kind is nn.GroupNorm:
-            return self._group_norm(x, module.num_groups, (weight, bias), why)
+            return self._group_norm(x, int(module.num_groups), (weight, bias), why)  # type: ignore[arg-type]
         if kind is nn.PReLU:
             return self._per_channel(x, (weight,), why)
         if kind in (nn.Softmax, nn.LogSoftmax, nn.Softmin) and module.dim is not None:
-            return self._share(x, [module.dim], why)
+            return self._share(x, why)
         if kind is nn.Softmax2d:
-            return self._share(x, [-3], why)
+            return self._share(x, why)
         rule = MODULES.get(kind)
         if rule == "elementwise":
             return self._elementwise([x], real, why)
@@ -240,9 +241,7 @@ class Labeller:
         if name in REDUCE:
             return self._reduce(x, real, args, kwargs, why)
         if name in SHARE:
-            position, default = (2, 1) if name == "normalize" else (1, None)
-            axis = _argument(args, kwargs, position, "dim", default)
-            return None if axis is None else self._share(x, [axis], why)
+            return self._share(x, why)
         return None
 
     # -- rules ------------------------------------------------------------------------------------
@@ -268,8 +267,7 @@ class Labeller:
         parts = _argument(args, kwargs, 0, "tensors")
         axis = _argument(args, kwargs, 1, "dim", kwargs.get("axis", 0))
         if name == "stack":
-            unsqueeze = (lambda labels: labels.unsqueeze(axis))  # fmt: skip
-            parts = [Labels(unsqueeze(part.units), unsqueeze(part.sites)) for part in parts]
+            parts = [Labels(p.units.unsqueeze(axis), p.sites.unsqueeze(axis)) for p in parts]
         return join(parts, axis)
 
     def _elementwise(self, values: list[Labels], real: Tensor, why: str) -> Labels:
@@ -394,8 +392,8 @@ class Labeller:
             axis -= sum(other < axis for other in reduced)
         return channelwise(vector, real.shape, axis)
 
-    def _share(self, x: Labels, axes: list[int], why: str) -> Labels | None:
-        """Divide by a sum over ``axes``."""
+    def _share(self, x: Labels, why: str) -> Labels | None:
+        """Divide by a sum, over channels or over pixels: neither knows the order of units."""
         varying = [axis for axis, size in enumerate(core(x.units).shape) if size > 1]
         if len(varying) > 1:
             return None

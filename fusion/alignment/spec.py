@@ -72,8 +72,8 @@ class PermutationSpec:
         fixed: What was left in place, and why.
         shapes: Shape of every tensor of the state dict.
         coverage: Share of the parameters that lie on a permutable axis, 0 to 1.
-        activations: For each group, the modules whose output carries its units: (module name,
-            channel axis, positions (size, k)).
+        by_name: The groups by name.
+        by_tensor: For each state-dict key, the groups that stand in it and where.
     """
 
     groups: tuple[Group, ...]

@@ -104,7 +104,8 @@ class _Finder:
         self._fix_forced()
         self.locations = self._locations()
         colourings = [(self._units(a), _array(b)) for a, b in self.ledger.colourings]
-        colourings += [(place.units, place.marks) for place in self.locations]
+        # The columns of a grouped convolution move with its rows: there blocks may be exchanged.
+        colourings += [(p.units, p.marks) for p in self.locations if p.rows is None]
         splits = [
             (self._units(side).ravel(), np.repeat(np.arange(side.shape[0]), side.shape[1]))
             for blocks in self.ledger.blocks
@@ -116,6 +117,7 @@ class _Finder:
         self._refine(colourings)
         self.outer = self.colour.copy()  # what blocks as a whole must agree in
         self._refine(splits)
+        self._refine([(p.units, p.marks) for p in self.locations if p.rows is not None])
 
     # -- units ------------------------------------------------------------------------------------
 
@@ -280,7 +282,7 @@ class _Finder:
             keyed.append(((int(family.min()), 0), group))
         keyed.sort(key=lambda pair: pair[0])
         groups = tuple(group for _, group in keyed)
-        fixed = self._fixed(groups)
+        fixed = self._fixed(families)
         return PermutationSpec(groups, self.shapes, fixed, self._coverage(groups))
 
     def _entries(self, place: _Location, positions: Ints) -> list[Entry]:
@@ -303,11 +305,11 @@ class _Finder:
                 found.extend(self._entries(place, inside[order].reshape(len(family), -1)))
         return found
 
-    def _fixed(self, groups: Sequence[Group]) -> tuple[Fixed, ...]:
+    def _fixed(self, families: Sequence[Ints]) -> tuple[Fixed, ...]:
         movable = np.zeros(len(self.is_fixed), dtype=bool)
         colours, size = np.unique(self.colour, return_counts=True)
         movable[np.isin(self.colour, colours[size > 1]) & ~self.is_fixed] = True
-        for family in self._families():
+        for family in families:
             movable[family] = True
         counts: dict[tuple[str, int, str], int] = defaultdict(int)
         seen = set()
@@ -317,7 +319,6 @@ class _Finder:
                 alone = "no other unit being like it"
                 reason = self.reasons.get(unit, "input" if unit == 0 else alone)
                 counts[place.tensor, place.axis, reason] += 1
-        fixed = [Fixed(*key, count) for key, count in ()]
         fixed = [Fixed(t, axis, n, why) for (t, axis, why), n in counts.items()]
         for key in self.parameters:
             first = self.labeller.first_name[key]
@@ -338,7 +339,7 @@ class _Finder:
             else:
                 count = columns.setdefault(entry.tensor, torch.zeros(shape[0], dtype=torch.int64))
                 count[slice(*entry.rows) if entry.rows else slice(None)] += (
-                    entry.positions.numel() * shape[0 if entry.axis else 0] // shape[0]
+                    entry.positions.numel()
                 )
         total = left = 0
         for key in self.parameters:
@@ -381,7 +382,8 @@ def _unique_names(first: dict[int, Entry]) -> dict[int, str]:
     many: dict[str, int] = defaultdict(int)
     for owner in owners.values():
         many[owner] += 1
-    names, used = {}, defaultdict(int)
+    names: dict[int, str] = {}
+    used: dict[str, int] = defaultdict(int)
     for colour, owner in owners.items():
         names[colour] = owner if many[owner] == 1 else f"{owner}/{used[owner]}"
         used[owner] += 1

@@ -62,7 +62,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, training: bool = False)
     tracer = _Tracer()
     try:
         graph = tracer.trace(skeleton)
-    except Exception as error:  # noqa: BLE001  # the user's own code runs here and may raise anything
+    except Exception as error:  # the user's own code runs here and may raise anything
         raise UserError(
             f"{type(model).__name__} cannot be traced: {_place(tracer.where, error)} "
             f"({_first_line(error)}); its forward pass must not depend on the data: {_CURE}"
@@ -118,7 +118,7 @@ def _run(module: nn.Module, nodes: Sequence[fx.Node], inputs: list[Tensor]) -> d
     for node in nodes:
         try:
             interpreter.env[node] = interpreter.run_node(node)
-        except Exception as error:  # noqa: BLE001  # any operation may refuse the shapes it gets
+        except Exception as error:  # any operation may refuse the shapes it gets
             raise _NodeFailed(node) from error
     return interpreter.env
 
