@@ -246,6 +246,7 @@ class SNRSelectiveMerge(BaseAlgorithm):
                 source.info(key).shape != tuple(base[key].shape)
                 for source in experts.values()
                 for key in layer.tensors
+                if base[key].is_floating_point()
             )
             for name, member in {PRETRAINED: base, **experts}.items():
                 record.snr[name] = self._score_weight(member[layer.weight], record)
