@@ -49,7 +49,8 @@ def unite(
     keys = [
         key
         for key in base
-        if any(source.info(key).shape != tuple(base[key].shape) for source in experts.values())
+        if base[key].is_floating_point()
+        and any(source.info(key).shape != tuple(base[key].shape) for source in experts.values())
     ]
     if not keys:
         return modelpool.classes(PRETRAINED)
