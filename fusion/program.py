@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOG_FORMAT = "[%(asctime)s] %(message)s"  # what the command line's own process shows
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -117,11 +119,17 @@ class FusionProgram:
                 self.folder.path,
             )
             return None
-        outcome: Outcome = fabric.launch(self._run_in_process)
-        return outcome
+        model, report = fabric.launch(self._run_in_process)
+        return Outcome(model, report)
 
-    def _run_in_process(self, fabric: Fabric) -> Outcome:
-        """Do the whole run in one of the processes that Fabric launched."""
+    def _run_in_process(self, fabric: Fabric) -> tuple[nn.Module, dict[str, Any]]:
+        """Do the whole run in one of the processes that Fabric launched.
+
+        A tuple comes back, because Fabric moves results between processes and takes no frozen
+        dataclass there.
+        """
+        if fabric.is_global_zero and not logging.getLogger().handlers:  # a spawned process
+            logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
         algorithm, pool, tasks, finetuning = self._parts()
         fabric.seed_everything(self._seed, workers=True, verbose=False)
         algorithm.fabric = fabric
@@ -182,7 +190,7 @@ class FusionProgram:
                 log.info("Accuracy (%%)\n%s", accuracy_table(evaluations))
             self.folder.tell()
         fabric.barrier()
-        return Outcome(model, report)
+        return model, report
 
     def _evaluate(
         self,
