@@ -86,7 +86,10 @@ def by_activations(
         groups.append(replace(group, entries=tuple(made)))
     seen = PermutationSpec(tuple(groups), spec.shapes)
     tables = _correlations(model, reference, {k: outputs[k] for k in seen.by_tensor}, data, device)
-    eyes = {key: torch.eye(len(table), dtype=table.dtype, device=device) for key, table in tables.items()}
+    eyes = {
+        key: torch.eye(len(table), dtype=table.dtype, device=device)
+        for key, table in tables.items()
+    }
     channels = sum(len(table) for table in tables.values())
     weight = dict.fromkeys(tables, 1 / max(channels, 1))
     return Matching(seen, tables, eyes, weight, seed, max_sweeps)

@@ -208,7 +208,9 @@ def cycle_consistency(
                  max_sweeps=max_sweeps, device=device)  # fmt: skip
     returned = apply_permutation(forth.model, spec, back.permutations)
     pairs = list(zip(model.parameters(), returned.parameters(), strict=True))
-    squares = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    squares = sum(
+        float((a.detach().double() - b.detach().double()).square().sum()) for a, b in pairs
+    )
     return squares / max(sum(a.numel() for a, _ in pairs), 1)
 
 

@@ -144,7 +144,7 @@ class Ledger:
         patterns = none
         if sites.shape[axis] > 1:
             columns = sites.movedim(axis, 0).flatten(1)
-            patterns = torch.unique(columns, dim=0, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+            patterns = torch.unique(columns, dim=0, return_inverse=True)[1]
         self.colour(labels, patterns)
         return Vector(labels, patterns)
 
@@ -214,7 +214,7 @@ def merge_sites(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 1:
         return b
     pairs = a * (int(b.max()) + 1) + b
-    numbers: Tensor = torch.unique(pairs, return_inverse=True)[1]  # type: ignore[no-untyped-call]
+    numbers: Tensor = torch.unique(pairs, return_inverse=True)[1]
     return numbers
 
 

@@ -65,7 +65,9 @@ class Matching:
             }
             axes = {(entry.tensor, entry.axis) for entry in group.entries}
             if len(axes) == len({tensor for tensor, _ in axes}):
-                touched.discard(group.name)  # on both axes of one tensor a group is its own neighbour
+                touched.discard(
+                    group.name
+                )  # on both axes of one tensor a group is its own neighbour
             self.neighbours[group.name] = touched
 
     def solve(self) -> tuple[Search, float]:
@@ -107,7 +109,9 @@ class _State:
         self.spec = problem.spec
         self.tensors = dict(problem.model)  # replaced on change, never written to
         self.dots = {key: self._dot(key, value) for key, value in self.tensors.items()}
-        self.search = Search(identity_permutation(self.spec), {g.name: 0.0 for g in self.spec.groups})
+        self.search = Search(
+            identity_permutation(self.spec), {g.name: 0.0 for g in self.spec.groups}
+        )
         self.search.objective = sum(self.dots.values())
         self.contested = {group.name for group in self.spec.groups}
         # Blocks that moved carry their groups of units along: where each group's units come from.

@@ -48,9 +48,7 @@ def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tens
     return result
 
 
-def compose(
-    spec: PermutationSpec, first: Permutations, then: Permutations
-) -> dict[str, Tensor]:
+def compose(spec: PermutationSpec, first: Permutations, then: Permutations) -> dict[str, Tensor]:
     """Return the permutation that does ``first`` and ``then`` in one step."""
     a, b = _complete(spec, first), _complete(spec, then)
     result = {name: p[b[name]] for name, p in a.items()}
@@ -119,9 +117,7 @@ def _permuted(
         yield key, permute_tensor(tensors[key], key, chosen)
 
 
-def permute_tensor(
-    value: Tensor, name: str, parts: list[tuple[Group, Entry, Tensor]]
-) -> Tensor:
+def permute_tensor(value: Tensor, name: str, parts: list[tuple[Group, Entry, Tensor]]) -> Tensor:
     """Return ``value`` with the entries of ``parts`` permuted, units before blocks."""
     units = [(entry, p) for group, entry, p in parts if not group.members]
     blocks = [(entry, p) for group, entry, p in parts if group.members]

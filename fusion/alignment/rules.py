@@ -34,52 +34,126 @@ from fusion.alignment.tracing import Graph
 
 # Operations by name; a trailing underscore (in place) is dropped before the look-up.
 MOVES = frozenset(
-    "permute transpose swapaxes swapdims movedim moveaxis t view reshape flatten unflatten ravel "
-    "squeeze unsqueeze getitem getattr chunk split split_with_sizes tensor_split unbind narrow "
-    "select expand flip roll channel_shuffle pixel_shuffle pixel_unshuffle".split()
+    [
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "t",
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "squeeze",
+        "unsqueeze",
+        "getitem",
+        "getattr",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unbind",
+        "narrow",
+        "select",
+        "expand",
+        "flip",
+        "roll",
+        "channel_shuffle",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+    ]
 )
 ELEMENTWISE = frozenset(
-    "add iadd sub isub rsub mul imul multiply div truediv itruediv true_divide pow neg abs square "
-    "sqrt rsqrt exp log reciprocal erf maximum minimum clamp clip clamp_min clamp_max where lerp "
-    "addcmul relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid logsigmoid hardswish "
-    "hardsigmoid hardtanh tanh softplus softsign hardshrink softshrink tanhshrink threshold "
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout stochastic_depth "
-    "identity clone contiguous detach float double half bfloat16".split()
+    [
+        "add",
+        "iadd",
+        "sub",
+        "isub",
+        "rsub",
+        "mul",
+        "imul",
+        "multiply",
+        "div",
+        "truediv",
+        "itruediv",
+        "true_divide",
+        "pow",
+        "neg",
+        "abs",
+        "square",
+        "sqrt",
+        "rsqrt",
+        "exp",
+        "log",
+        "reciprocal",
+        "erf",
+        "maximum",
+        "minimum",
+        "clamp",
+        "clip",
+        "clamp_min",
+        "clamp_max",
+        "where",
+        "lerp",
+        "addcmul",
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "sigmoid",
+        "logsigmoid",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "tanh",
+        "softplus",
+        "softsign",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "threshold",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "stochastic_depth",
+        "identity",
+        "clone",
+        "contiguous",
+        "detach",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+    ]
 )
-LIKE_FIRST = frozenset("to type type_as expand_as view_as".split())  # others give only a type
+LIKE_FIRST = frozenset(["to", "type", "type_as", "expand_as", "view_as"])  # others give only a type
 SPATIAL = {  # name -> number of trailing axes over which it works
     f"{mode}{kind}_pool{n}d": n for n in (1, 2, 3) for mode in ("", "adaptive_")
     for kind in ("avg", "max", "lp")
 }  # fmt: skip
-RESIZE = frozenset("interpolate upsample".split())  # every axis behind the channels
-REDUCE = frozenset("mean sum amax amin var std logsumexp".split())
-SHARE = frozenset("softmax softmin log_softmax normalize".split())  # symmetric along one axis
+RESIZE = frozenset(["interpolate", "upsample"])  # every axis behind the channels
+REDUCE = frozenset(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"])
+SHARE = frozenset(["softmax", "softmin", "log_softmax", "normalize"])  # symmetric along one axis
 
 # Modules of torch.nn without parameters, by the function that they compute.
 MODULES: dict[type[nn.Module], str] = {
-    **{cls: "elementwise" for cls in (
-        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-        nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh,
-        nn.Softplus, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold,
-        nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-        nn.FeatureAlphaDropout, nn.Identity,
-    )},
-    **{cls: "move" for cls in (
-        nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle,
-    )},
-    **{cls: "resize" for cls in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)},
-    **{cls: "spatial1" for cls in (
-        nn.AvgPool1d, nn.MaxPool1d, nn.LPPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d,
-        nn.ReflectionPad1d, nn.ReplicationPad1d, nn.ConstantPad1d, nn.ZeroPad1d, nn.CircularPad1d,
-    )},
-    **{cls: "spatial2" for cls in (
-        nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-        nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.ZeroPad2d, nn.CircularPad2d,
-    )},
-    **{cls: "spatial3" for cls in (
-        nn.AvgPool3d, nn.MaxPool3d, nn.LPPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d,
-        nn.ReflectionPad3d, nn.ReplicationPad3d, nn.ConstantPad3d, nn.ZeroPad3d, nn.CircularPad3d,
-    )},
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity), "elementwise"),
+    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle), "move"),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), "resize"),
+    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d, nn.LPPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.ReflectionPad1d, nn.ReplicationPad1d, nn.ConstantPad1d, nn.ZeroPad1d, nn.CircularPad1d), "spatial1"),
+    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.ZeroPad2d, nn.CircularPad2d), "spatial2"),
+    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d, nn.LPPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.ReflectionPad3d, nn.ReplicationPad3d, nn.ConstantPad3d, nn.ZeroPad3d, nn.CircularPad3d), "spatial3"),
 }  # fmt: skip
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -306,9 +380,7 @@ class Labeller:
         vector = self.ledger.vector(x, axis, why)
         return self._affine(x, vector.labels, parameters, why)
 
-    def _layer_norm(
-        self, x: Labels, axes: int, affine: Iterable[Any], why: str
-    ) -> Labels | None:
+    def _layer_norm(self, x: Labels, axes: int, affine: Iterable[Any], why: str) -> Labels | None:
         first = len(x.shape) - axes
         varying = [axis for axis, size in enumerate(core(x.units).shape) if size > 1]
         if len(varying) > 1 or any(axis < first for axis in varying):

@@ -264,7 +264,9 @@ class _Finder:
         first_unit: dict[int, int] = {}
         for unit, colour_of in enumerate(self.colour.tolist()):
             first_unit.setdefault(colour_of, unit)
-        names = _unique_names({c: entries[c][0] for c in sorted(entries, key=first_unit.__getitem__)})
+        names = _unique_names(
+            {c: entries[c][0] for c in sorted(entries, key=first_unit.__getitem__)}
+        )
         keyed = [
             ((first_unit[c], 1), Group(names[c], group_sizes[c], tuple(entries[c]))) for c in names
         ]
@@ -338,9 +340,7 @@ class _Finder:
                 mask[entry.positions.flatten()] = True
             else:
                 count = columns.setdefault(entry.tensor, torch.zeros(shape[0], dtype=torch.int64))
-                count[slice(*entry.rows) if entry.rows else slice(None)] += (
-                    entry.positions.numel()
-                )
+                count[slice(*entry.rows) if entry.rows else slice(None)] += entry.positions.numel()
         total = left = 0
         for key in self.parameters:
             if self.labeller.first_name[key] != key:

@@ -39,9 +39,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / a.norm())
 
 
-def without_one(
-    model: nn.Module, spec: PermutationSpec, group_at: int, entry_at: int
-) -> nn.Module:
+def without_one(model: nn.Module, spec: PermutationSpec, group_at: int, entry_at: int) -> nn.Module:
     """Rotate one group in all of its entries but one."""
     group = spec.groups[group_at]
     entries = group.entries[:entry_at] + group.entries[entry_at + 1 :]
@@ -115,18 +113,29 @@ def check_recovery(model: nn.Module, spec: PermutationSpec, noise: float) -> Non
     back = inverse(spec, planted)
     assert all(torch.equal(found.permutations[name], p) for name, p in back.items())
     if noise == 0:
-        pairs = zip(
-            reference.state_dict().values(), found.model.state_dict().values(), strict=True
-        )
+        pairs = zip(reference.state_dict().values(), found.model.state_dict().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
 # -- every constructor -----------------------------------------------------------------------------
 
-CNNS = (
-    "alexnet convnext densenet efficientnet googlenet inception mnasnet mobilenet regnet resnet "
-    "resnext shufflenet squeezenet vgg wide_resnet"
-).split()
+CNNS = [
+    "alexnet",
+    "convnext",
+    "densenet",
+    "efficientnet",
+    "googlenet",
+    "inception",
+    "mnasnet",
+    "mobilenet",
+    "regnet",
+    "resnet",
+    "resnext",
+    "shufflenet",
+    "squeezenet",
+    "vgg",
+    "wide_resnet",
+]
 CONSTRUCTORS = [
     name
     for name in models.list_models(module=models)
