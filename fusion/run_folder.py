@@ -22,6 +22,7 @@ REPORT = "report.json"
 MODEL = "merged.safetensors"
 FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
+COMMAND = "command.txt"  # of a sweep, in the folder of all its jobs
 ERROR = "error.json"  # what a job of a sweep leaves that failed
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 
 _WIDTH = 100
 _EXAMPLES = """\
-Three commands to begin with:
+Commands to begin with:
   fusion_bench method=snr_selective_merge modelpool=digits taskpool=digits
       train a small network and two experts on real images (once), merge them, measure everything
   fusion_bench method=dummy modelpool=digits taskpool=digits
       measure the pretrained model without merging
   fusion_bench -m method=snr_selective_merge method.top_p=0.1,0.3 modelpool=digits taskpool=digits
-      a sweep: one job a value, each in a folder of its own
+      a sweep: one job a value, each in a folder of its own; table, figures and a page at its end
+  fusion_bench experiment=snr_study modelpool=digits
+      the whole study as one sweep; with output_path=FOLDER it can be stopped and resumed
+  fusion_bench summarize=FOLDER
+      table, figures and page of a sweep, anew, from its runs' reports
 """
 _FLAGS = """\
 Flags:
@@ -66,7 +70,7 @@ def _group_names(folders: Sequence[Path]) -> list[str]:
         for file in folder.rglob("*.yaml")
         if file.parent != folder
     }
-    order = ["method", "modelpool", "taskpool", "finetune", "fabric", "experiment", "path", "hydra"]
+    order = ["method", "modelpool", "taskpool", "finetune", "merge", "experiment", "fabric", "path", "hydra"]
     place = {name: index for index, name in enumerate(order)}
     return sorted(found, key=lambda name: (place.get(name.split("/")[0], len(order)), name))
 
@@ -83,8 +87,9 @@ def _group(folders: Sequence[Path], name: str) -> str:
 
 def _description(file: Path) -> str:
     """Return the comment that the file begins with, up to its first sentence's line."""
-    first = file.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").rstrip() if first.startswith("#") and "@package" not in first else ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    told = [line for line in lines[:2] if line.startswith("#") and "@package" not in line]
+    return told[0].lstrip("# ").rstrip() if told else ""
 
 
 def _keys(file: Path) -> str:

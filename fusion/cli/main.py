@@ -10,6 +10,7 @@ from pathlib import Path
 from fusion.errors import UserError
 
 PRIMARY = "fusion_bench"
+SUMMARIZE = "summarize="
 _INTERRUPTED = 130
 
 
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # appended: a user's file never shadows an installed one
     try:
-        _hydra(arguments)
+        if any(argument.startswith(SUMMARIZE) for argument in arguments):
+            _summarize(arguments)
+        else:
+            _hydra(arguments)
     except UserError as error:
         from fusion.cli.mistakes import tell
 
@@ -44,6 +48,16 @@ def config_dir() -> Path:
     package = Path(__file__).resolve().parent.parent
     shipped = package / "config"
     return shipped if shipped.is_dir() else package.parent / "config"
+
+
+def _summarize(arguments: list[str]) -> None:
+    """Make table, figures and page of the runs in a folder anew; no configuration takes part."""
+    if len(arguments) > 1:
+        others = ", ".join(a for a in arguments if not a.startswith(SUMMARIZE))
+        raise UserError(f"{SUMMARIZE}FOLDER stands alone; leave {others or 'one of them'} out")
+    from fusion.study import summarise
+
+    sys.stdout.write(summarise(arguments[0].removeprefix(SUMMARIZE)).text)
 
 
 def _hydra(arguments: list[str]) -> None:

@@ -17,11 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusion.errors import UserError
 from fusion.files import write_text
-from fusion.run_folder import CONFIG, ERROR, REPORT
+from fusion.run_folder import COMMAND, CONFIG, ERROR, REPORT
 
 log = logging.getLogger(__name__)
 
-COMMAND = "command.txt"
 _NO_MATTER = ("overwrite", "print_config")  # keys that change nothing in what a job computes
 _FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
 _MISTAKE = 2

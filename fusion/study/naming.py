@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -23,10 +22,46 @@ _WORDS = {"rank_by": "ranked by", "batch_norm": "batch norm", "weighting": "weig
 def merge_names(table: pd.DataFrame) -> list[str]:
     """Return what each row merged: interpolation and share, and whatever departs from the usual.
 
-    The usual is the commonest value of an option among the rows of the same method; the first of
-    equally common ones. So a study names what it varies, and nothing else.
+    A study so names what it varies, and nothing else; see :func:`departs`.
     """
-    return [_merge_name(table, row) for _, row in table.iterrows()]
+    departing = departs(table)
+    bases = is_base(table)
+    methods = table.loc[~bases, ["algorithm", "method"]].drop_duplicates()
+    names = []
+    for place, (_, row) in enumerate(table.iterrows()):
+        if bases.iloc[place]:
+            names.append("base, not merged")
+            continue
+        words = [
+            f"{_WORDS.get(option, option)} {row[column]}"
+            for column, option in ((c, c.partition(".")[2]) for c in departing)
+            if departing[column].iloc[place]
+        ]
+        names.append(", ".join([_merge_name(row, alone=len(methods) == 1), *words]))
+    return names
+
+
+def departs(table: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each row and option of the method, whether it is not the usual one.
+
+    The usual is the commonest value among the rows of the same method, the first of equally
+    common ones. Interpolation and share, by which merges are named, and seeds do not count.
+    """
+    columns = [
+        column
+        for column in table
+        if column.startswith("method.")
+        and column not in _ALWAYS
+        and column.partition(".")[2] != SEED
+    ]
+    found = pd.DataFrame(False, index=table.index, columns=columns)
+    for _, rows in table.groupby(["algorithm", "method"], dropna=False, sort=False):
+        for column in columns:
+            values = rows[column].dropna()
+            if len(values):
+                usual = values.value_counts(sort=False).idxmax()
+                found.loc[rows.index, column] = rows[column].notna() & (rows[column] != usual)
+    return found
 
 
 def finetuning_name(strategy: str) -> str:
@@ -34,35 +69,25 @@ def finetuning_name(strategy: str) -> str:
     return FINETUNINGS.get(strategy, strategy)
 
 
-def fixed_options(table: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
-    """Return those of ``columns`` that have one value in all rows that have any."""
+def fixed_options(table: pd.DataFrame, group: str) -> dict[str, Any]:
+    """Return the options of ``group`` with one value in all rows that have any, seeds apart."""
     found = {}
-    for column in columns:
+    for column in table:
+        of, _, option = column.partition(".")
         values = table[column].dropna().unique()
-        if len(values) == 1:
-            found[column] = values[0]
+        if of == group and option != SEED and len(values) == 1:
+            found[option] = values[0]
     return found
 
 
-def _merge_name(table: pd.DataFrame, row: pd.Series[Any]) -> str:
-    if bool(is_base(row.to_frame().T).iloc[0]):
-        return "base, not merged"
-    same = table[(table["method"] == row["method"]) & (table["algorithm"] == row["algorithm"])]
-    parts = []
+def _merge_name(row: pd.Series[Any], *, alone: bool) -> str:
     interpolation, share = (row.get(column) for column in _ALWAYS)
+    parts = []
     if pd.notna(interpolation):
-        parts.append(f"{str(interpolation).upper()}")
+        parts.append(str(interpolation).upper())
     if pd.notna(share):
         parts.append(f"{100 * float(share):g} %")
-    if not parts:
-        parts.append(str(row["method"] or row["algorithm"]))
-    elif len(set(table["algorithm"]) - set(table.loc[is_base(table), "algorithm"])) > 1:
-        parts.insert(0, str(row["method"] or row["algorithm"]))
-    departures = []
-    for column in table.columns:
-        group, _, option = column.partition(".")
-        if group != "method" or column in _ALWAYS or option == SEED or pd.isna(row[column]):
-            continue
-        if row[column] != same[column].value_counts(sort=True).index[0]:
-            departures.append(f"{_WORDS.get(option, option)} {row[column]}")
-    return ", ".join([" ".join(parts), *departures])
+    if not parts or not alone:
+        method = row["method"] if pd.notna(row["method"]) else row["algorithm"]
+        parts.insert(0, str(method))
+    return " ".join(parts)

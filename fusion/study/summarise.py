@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusion.figures.style import save_figure
 from fusion.files import write_text
+from fusion.run_folder import COMMAND
+from fusion.study.drawing import drawings
 from fusion.study.markdown import markdown_table
-from fusion.study.runs import FAILED, FINISHED, UNFINISHED, read_runs
+from fusion.study.page import page
+from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run, read_runs
 from fusion.study.table import run_table, strategy_table
 
 TABLE, PAGE, MARKDOWN = "study.csv", "index.html", "study.md"
+FIGURES = "figures"
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,27 @@ def summarise(folder: str | Path) -> Summary:
         write_text(folder / MARKDOWN, told)
         files.append(folder / MARKDOWN)
         text.append(told)
+        drawn = list(drawings(strategies))
+        for drawing in drawn:
+            files += save_figure(drawing.figure, folder / FIGURES, drawing.stem)
+        told = page(runs, strategies, drawn, command=_command(folder, runs))
+        write_text(folder / PAGE, told)
+        files.append(folder / PAGE)
     text += [f"failed: {run.name}: {run.error}" for run in runs if run.status == FAILED]
     text += [f"unfinished: {name}" for name in unfinished]
-    text.append(f"Saved in {folder}: {', '.join(file.name for file in files)}")
+    outside = [file.name for file in files if file.parent == folder]
+    drawn_in = f" and {len(files) - len(outside)} figures in {FIGURES}/" if finished else ""
+    text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")
     return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)
+
+
+def _command(folder: Path, runs: Sequence[Run]) -> str:
+    """Return the command of the sweep, or those of its runs where nobody kept it."""
+    if (folder / COMMAND).is_file():
+        return (folder / COMMAND).read_text(encoding="utf-8").strip()
+    commands = [
+        shlex.join(["fusion_bench", *run.report.get("choices", {}).get("overrides", [])])
+        for run in runs
+        if run.status == FINISHED
+    ]
+    return "\n".join(commands)

@@ -1,0 +1,113 @@
+"""Accuracy against the time of training, with the Pareto front: what nothing beats at its price."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from fusion.figures.study_style import (
+    BASE,
+    FRONT,
+    finetuning_order,
+    finetuning_style,
+    interpolation_styles,
+)
+from fusion.figures.style import PAGE_WIDTH, house_style, new_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def pareto_front(seconds: pd.Series[float], accuracy: pd.Series[float]) -> list[int]:
+    """Return the positions that no other beats: more accurate than everything that is faster.
+
+    In the order of their time. Of equals the first stands for all.
+    """
+    order = sorted(range(len(seconds)), key=lambda i: (seconds.iloc[i], -accuracy.iloc[i]))
+    front: list[int] = []
+    for i in order:
+        if not front or accuracy.iloc[i] > accuracy.iloc[front[-1]]:
+            front.append(i)
+    return front
+
+
+def study_pareto(table: pd.DataFrame) -> Figure:
+    """Draw every fine-tuned merge as a point; colour is what was trained, the marker what merged.
+
+    Args:
+        table: a row a point with the columns ``name``, ``strategy``, ``interpolation`` (missing
+            for the base), ``training_seconds`` and ``finetuned_accuracy`` (0 to 1), each with its
+            ``…_error``.
+
+    Raises:
+        ValueError: no row was fine-tuned.
+    """
+    table = table.dropna(subset=["training_seconds", "finetuned_accuracy"]).reset_index(drop=True)
+    if table.empty:
+        raise ValueError("no row of the table was fine-tuned")
+    named = [str(name) for name in table["interpolation"].dropna()]
+    markers = {name: style.marker for name, style in interpolation_styles(named).items()}
+    with house_style():
+        figure = new_figure(width=PAGE_WIDTH, height=3.6)
+        axes = figure.add_subplot()
+        for _, row in table.iterrows():
+            axes.errorbar(
+                row["training_seconds"],
+                100 * row["finetuned_accuracy"],
+                xerr=_error(row, "training_seconds", 1),
+                yerr=_error(row, "finetuned_accuracy", 100),
+                marker=markers.get(str(row["interpolation"]), BASE.marker),
+                color=finetuning_style(str(row["strategy"]))[0],
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                markersize=6,
+                ecolor="#7f7f7f",
+                elinewidth=0.6,
+                zorder=3,
+            )
+        front = pareto_front(table["training_seconds"], table["finetuned_accuracy"])
+        best = table.iloc[front]
+        axes.plot(
+            best["training_seconds"],
+            100 * best["finetuned_accuracy"],
+            drawstyle="steps-post",
+            color=FRONT,
+            linewidth=0.9,
+            zorder=1,
+        )
+        for place, (_, row) in enumerate(best.iterrows()):
+            last = place == len(best) - 1
+            axes.annotate(
+                str(row["name"]),
+                (row["training_seconds"], 100 * row["finetuned_accuracy"]),
+                xytext=(5 if not last else -5, 5),
+                textcoords="offset points",
+                fontsize=6,
+                ha="right" if last else "left",
+            )
+        axes.margins(y=0.1)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("time of fine-tuning (s)")
+        axes.set_ylabel("accuracy after fine-tuning (%)")
+        handles: list[Line2D | Patch] = [
+            Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=words)
+            for color, words in map(finetuning_style, finetuning_order(table["strategy"]))
+        ]
+        shapes = {"base, not merged": BASE.marker} if table["interpolation"].isna().any() else {}
+        shapes |= {name.upper(): marker for name, marker in markers.items()}
+        handles += [
+            Line2D([], [], color="white", markeredgecolor="black", marker=marker, linestyle="none",
+                   label=name)
+            for name, marker in shapes.items()
+        ]  # fmt: skip
+        handles.append(Line2D([], [], color=FRONT, label="Pareto front"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _error(row: pd.Series[float], column: str, scale: float) -> float | None:
+    error = float(row.get(f"{column}_error", float("nan")))
+    return None if error != error else scale * error

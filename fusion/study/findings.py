@@ -1,0 +1,97 @@
+"""What a study's numbers say, in sentences that are computed and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from fusion.study.naming import finetuning_name, merge_names
+from fusion.study.table import NO_FINETUNING, is_base, is_baseline
+
+
+def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
+    """Return the base fine-tuned in full, or None if the study has no such run, or several."""
+    rows = strategies[is_baseline(strategies)]
+    return rows.iloc[0] if len(rows) == 1 else None
+
+
+def against_baseline(strategies: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with every row set against the baseline; itself if there is none.
+
+    New columns: ``accuracy_change`` and ``f1_change`` (differences of shares), ``time_saving``
+    and ``memory_saving`` (shares of the baseline's that were not needed; negative is more).
+    """
+    baseline = baseline_row(strategies)
+    if baseline is None:
+        return strategies
+    return strategies.assign(
+        accuracy_change=strategies["finetuned_accuracy"] - baseline["finetuned_accuracy"],
+        f1_change=strategies["finetuned_f1"] - baseline["finetuned_f1"],
+        time_saving=1 - strategies["training_seconds"] / baseline["training_seconds"],
+        memory_saving=1 - strategies["peak_bytes"] / baseline["peak_bytes"],
+    )
+
+
+def control_accuracy(strategies: pd.DataFrame) -> float | None:
+    """Return the accuracy of the unmerged base under the merges' batch-norm treatment.
+
+    None where no run measured it, or different treatments did.
+    """
+    rows = strategies[strategies["control_accuracy"].notna()]
+    if rows.empty or rows["control"].nunique() > 1:
+        return None
+    return float(rows["control_accuracy"].mean())
+
+
+def findings(strategies: pd.DataFrame) -> list[str]:
+    """Return the study's findings, a sentence or two each."""
+    table = against_baseline(strategies).assign(name=merge_names(strategies))
+    merged = table[~is_base(table)]
+    found = []
+    baseline = baseline_row(strategies)
+    if baseline is not None:
+        found.append(
+            f"The baseline, the base with everything trained, reaches "
+            f"{_percent(baseline['finetuned_accuracy'])} in {baseline['training_seconds']:.1f} s."
+        )
+    if merged["zero_shot_accuracy"].notna().any():
+        best = merged.loc[merged["zero_shot_accuracy"].idxmax()]
+        sentence = (
+            f"The best merge without any training is {best['name']}, at "
+            f"{_percent(best['zero_shot_accuracy'])}"
+        )
+        control = control_accuracy(strategies)
+        if control is not None:
+            sentence += f"; the base under the same batch norm has {_percent(control)}, unmerged"
+        found.append(f"{sentence}.")
+    for strategy, rows in merged.groupby("strategy", sort=False):
+        if strategy != NO_FINETUNING and rows["finetuned_accuracy"].notna().any():
+            found.append(_of_finetuning(str(strategy), rows, baseline is not None))
+    return found
+
+
+def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str:
+    best = rows.loc[rows["finetuned_accuracy"].idxmax()]
+    sentence = (
+        f"With {finetuning_name(strategy)} trained, the best is {best['name']}, at "
+        f"{_percent(best['finetuned_accuracy'])}"
+    )
+    if not has_baseline:
+        return f"{sentence}."
+    reached = int((rows["accuracy_change"] >= 0).sum())
+    sentence += (
+        f": {100 * best['accuracy_change']:+.1f} points against the baseline, "
+        f"{_saving(best['time_saving'], 'time')}"
+    )
+    if not math.isnan(float(best["memory_saving"])):
+        sentence += f" and {_saving(best['memory_saving'], 'memory')}"
+    return f"{sentence}. {reached} of {len(rows)} merges reach the baseline's accuracy so."
+
+
+def _saving(share: float, what: str) -> str:
+    return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'} {what}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,154 @@
+"""The study as one page: no network, everything inline, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import io
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fusion.study.drawing import Drawing
+from fusion.study.findings import findings
+from fusion.study.markdown import Line, lines, shown_columns
+from fusion.study.naming import fixed_options
+from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run
+
+TITLE = "How many layers to merge, which, how – and what it saves"
+QUESTION = (
+    "At which share of layers, by which interpolation and ranked how is a merged model as good as "
+    "a fine-tuned one, and what does it save?"
+)
+
+
+def page(
+    runs: Sequence[Run],
+    strategies: pd.DataFrame,
+    drawings: Iterable[Drawing],
+    *,
+    command: str,
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        runs: all runs, failed ones included.
+        strategies: of :func:`fusion.study.table.strategy_table`.
+        drawings: the figures.
+        command: what reproduces the study.
+    """
+    template = files("fusion.study").joinpath("page.html").read_text(encoding="utf-8")
+    heads = ["merge", "trained", *(column.title for column in shown_columns(strategies)), "note"]
+    return string.Template(template).substitute(
+        title=escape(TITLE),
+        question=escape(QUESTION),
+        trouble=_trouble(runs),
+        findings="\n".join(f"<li>{escape(sentence)}</li>" for sentence in findings(strategies)),
+        setting="\n".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+            for name, value in _setting(runs, strategies).items()
+        ),
+        legend=escape(_legend(strategies)),
+        heads="".join(_head(title, words=i in (0, 1)) for i, title in enumerate(heads)),
+        rows="\n".join(_row(line) for line in lines(strategies)),
+        figures="\n".join(_figure(drawing) for drawing in drawings),
+        command=escape(command),
+    )
+
+
+def _trouble(runs: Sequence[Run]) -> str:
+    """Return what failed or was cut off, so that nobody reads the rest as complete."""
+    found = [f"{run.name}: {run.error}" for run in runs if run.status == FAILED]
+    found += [f"{run.name}: not finished" for run in runs if run.status == UNFINISHED]
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    return (
+        f'<div class="failed"><p>{len(found)} of {len(runs)} runs are missing below:</p>'
+        f"<ul>{items}</ul></div>"
+    )
+
+
+def _setting(runs: Sequence[Run], strategies: pd.DataFrame) -> dict[str, str]:
+    reports = [run.report for run in runs if run.status == FINISHED]
+    first = reports[0]
+    environment = first.get("environment", {})
+    task: Mapping[str, Any] = first.get("evaluation", {}).get("merged", {})
+    name, metrics = next(iter(task.items()), ("", {}))
+    measured = f"{name}, {metrics['images']:,} images" if "images" in metrics else name
+    setting = {
+        "model pool": _several(report.get("choices", {}).get("modelpool") for report in reports),
+        "models": ", ".join(first.get("models", [])),
+        "measured on": measured,
+        "runs": f"{len(reports)} in {len(strategies)} combinations",
+        "seeds": _several(report.get("seed") for report in reports),
+        "fine-tuning": _options(fixed_options(strategies, "finetune")),
+        "merging": _options(fixed_options(strategies, "method")),
+        "machine": f"{environment.get('device', '?')}, {environment.get('cores', '?')} cores, "
+        f"torch {environment.get('torch', '?')}",
+        "software": f"fusion {first.get('fusion', '?')}",
+        "finished": max(str(r.get("environment", {}).get("time", "")) for r in reports)[:10],
+    }
+    return {key: value for key, value in setting.items() if value}
+
+
+def _several(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _legend(strategies: pd.DataFrame) -> str:
+    text = "The baseline comes first, tinted; the best value of a column is bold."
+    if strategies["memory"].eq("rss").any():
+        text += " Peak memory is the process's resident memory above its level at the start."
+    elif strategies["memory"].eq("device").any():
+        text += " Peak memory is the device's, as torch allocated it."
+    if strategies["seeds"].max() > 1:
+        text += " Numbers are means over the seeds ± standard error."
+    return text
+
+
+def _head(title: str, *, words: bool) -> str:
+    kind = ' class="words"' if words or title == "note" else ""
+    return f'<th scope="col"{kind}><button type="button">{escape(title)}</button></th>'
+
+
+def _row(line: Line) -> str:
+    cells = [
+        f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
+        for text in (line.merge, line.finetuning)
+    ]
+    for cell in line.cells:
+        value = "" if cell.value is None else repr(cell.value)
+        best = ' class="best"' if cell.best else ""
+        cells.append(f'<td{best} data-value="{value}">{escape(cell.text)}</td>')
+    cells.append(f'<td class="note" data-value="{escape(line.note)}">{escape(line.note)}</td>')
+    kind = ' class="baseline"' if line.baseline else ""
+    return f"<tr{kind}>{''.join(cells)}</tr>"
+
+
+def _figure(drawing: Drawing) -> str:
+    title, caption = escape(drawing.title), escape(drawing.caption)
+    return (
+        f'<figure role="img" aria-label="{title}">{svg(drawing.figure, drawing.stem)}'
+        f"<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
+    )
+
+
+def svg(figure: Figure, salt: str) -> str:
+    """Return a figure as an ``<svg>`` element; ids differ where ``salt`` does.
+
+    Several figures share a page, and clip paths of one name would cut each other's lines.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :]
