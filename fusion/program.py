@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import platform
 import time
 from collections.abc import Mapping
@@ -119,14 +120,13 @@ class FusionProgram:
                 self.folder.path,
             )
             return None
-        model, report = fabric.launch(self._run_in_process)
-        return Outcome(model, report)
+        pickled, report = fabric.launch(self._run_in_process)
+        return Outcome(pickle.loads(pickled), report)
 
-    def _run_in_process(self, fabric: Fabric) -> tuple[nn.Module, dict[str, Any]]:
+    def _run_in_process(self, fabric: Fabric) -> tuple[bytes, dict[str, Any]]:
         """Do the whole run in one of the processes that Fabric launched.
 
-        A tuple comes back, because Fabric moves results between processes and takes no frozen
-        dataclass there.
+        The model comes back as bytes: tensors live in memory that ends with their process.
         """
         if fabric.is_global_zero and not logging.getLogger().handlers:  # a spawned process
             logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
@@ -190,7 +190,7 @@ class FusionProgram:
                 log.info("Accuracy (%%)\n%s", accuracy_table(evaluations))
             self.folder.tell()
         fabric.barrier()
-        return model, report
+        return pickle.dumps(model), report
 
     def _evaluate(
         self,
