@@ -2,9 +2,9 @@
 
     python scripts/benchmark_alignment.py [--output alignment_benchmark.csv] [family …]
 
-For each network, at its default initialisation: time to derive the symmetries, relative change of the
-output (float64) under a random permutation, time to recover that permutation and the share of the
-units that came back to their place; beside it plain coordinate descent from the identity, the
+For each network, at its default initialisation: time to derive the symmetries, relative change of
+the output (float64) under a random permutation, time to recover that permutation and the share of
+the units that came back to their place; beside it plain coordinate descent from the identity, the
 baseline of the literature, in the same run.
 """
 
@@ -32,28 +32,12 @@ from fusion.alignment.agreement import by_weights
 from fusion.files import write_text
 from fusion.models import CifarResNet, SeparableResNet
 
-FAMILIES = [
-    "alexnet",
-    "vgg11",
-    "vgg11_bn",
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "densenet121",
-    "googlenet",
-    "inception_v3",
-    "squeezenet1_0",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "mnasnet0_5",
-    "shufflenet_v2_x0_5",
-    "efficientnet_b0",
-    "efficientnet_v2_s",
-    "regnet_x_400mf",
-    "regnet_y_400mf",
-    "convnext_tiny",
-]
+FAMILIES = (
+    "alexnet", "vgg11", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2",
+    "densenet121", "googlenet", "inception_v3", "squeezenet1_0", "mobilenet_v2",
+    "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "efficientnet_b0",
+    "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny",
+)  # fmt: skip
 OURS = {"SeparableResNet": SeparableResNet, "CifarResNet": CifarResNet}
 BASELINE_AT_MOST = 20_000_000  # parameters: beyond, a stuck descent takes minutes
 

@@ -196,7 +196,7 @@ def cycle_consistency(
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
 ) -> float:
-    """Align the model to the reference and the reference to the model: how far is that from nothing?
+    """Align model to reference and reference to model: how far from nothing is that together?
 
     Returns:
         Mean squared difference between the model's parameters and the same after both

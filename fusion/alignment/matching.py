@@ -1,8 +1,8 @@
 """Coordinate descent over the groups of units (Git Re-Basin, Ainsworth et al., 2209.04836).
 
 The objective is a weighted sum, over tensors that both networks have, of the inner product of the
-model's tensor with the reference's. Within one group, all else held, it is linear in the permutation:
-a linear assignment problem.
+model's tensor with the reference's. Within one group, all else held, it is linear in the
+permutation: a linear assignment problem.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class _Pending:
                 self.axes[entry.tensor, entry.axis][entry.positions.flatten()] += change
 
     def settled(self, entry: Entry) -> Tensor | Literal[True] | None:
-        """Return which positions across ``entry`` are settled: all (True), none (None), or a mask."""
+        """Return what is settled across ``entry``: all (True), nothing (None), or a mask."""
         key, other = entry.tensor, 1 - entry.axis
         if (key, other) not in self.axes:
             return True

@@ -1,7 +1,7 @@
 """Permutations of the units of a network: draw, apply, invert, compose.
 
-A permutation ``p`` of a group of n units is an int64 tensor of shape (n,): afterwards, place i holds
-what stood at place ``p[i]``. Groups of units apply before groups of blocks.
+A permutation ``p`` of a group of n units is an int64 tensor of shape (n,): afterwards, place i
+holds what stood at place ``p[i]``. Groups of units apply before groups of blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def identity_permutation(spec: PermutationSpec) -> dict[str, Tensor]:
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor]:
-    """Draw a permutation of every group; each draw depends on ``seed`` and the group's name only."""
+    """Draw a permutation of every group, each from ``seed`` and the group's name alone."""
     drawn = {}
     for group in spec.groups:
         digest = hashlib.blake2b(f"{seed}/{group.name}".encode(), digest_size=7).digest()

@@ -1,9 +1,10 @@
 """What each operation of a network does to the labels of its channels.
 
-Five kinds cover the convolutional networks we know: operations that only move data run on the labels
-themselves; elementwise ones tie the units that meet; spatial ones (pooling) and normalisations keep
-the units; contractions (convolution, linear) take units along one axis of their weight and make new
-ones along the other. Any operation that is not listed fixes every unit it touches.
+Five kinds cover the convolutional networks we know: operations that only move data run on the
+labels themselves; elementwise ones tie the units that meet; spatial ones (pooling) and
+normalisations keep the units; contractions (convolution, linear) take units along one axis of their
+weight and make new ones along the other. Any operation that is not listed fixes every unit it
+touches.
 """
 
 from __future__ import annotations
@@ -30,136 +31,29 @@ from fusion.alignment.labels import (
     join,
     merge_sites,
 )
+from fusion.alignment.operations import (
+    CASTS,
+    CHANNEL_NORMS,
+    CONSTANTS,
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    ELEMENTWISE,
+    ELEMENTWISE_MODULES,
+    JOINS,
+    LIBRARIES,
+    MOVE_MODULES,
+    MOVES,
+    REDUCTIONS,
+    RESHAPES,
+    RESIZE_MODULES,
+    RESIZES,
+    SHARE_MODULES,
+    SHARES,
+    SPATIAL,
+    SPATIAL_MODULES,
+    TRANSPOSED,
+)
 from fusion.alignment.tracing import Graph
-
-# Operations by name; a trailing underscore (in place) is dropped before the look-up.
-MOVES = frozenset(
-    [
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "t",
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "getitem",
-        "getattr",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "narrow",
-        "select",
-        "expand",
-        "flip",
-        "roll",
-        "channel_shuffle",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-    ]
-)
-ELEMENTWISE = frozenset(
-    [
-        "add",
-        "iadd",
-        "sub",
-        "isub",
-        "rsub",
-        "mul",
-        "imul",
-        "multiply",
-        "div",
-        "truediv",
-        "itruediv",
-        "true_divide",
-        "pow",
-        "neg",
-        "abs",
-        "square",
-        "sqrt",
-        "rsqrt",
-        "exp",
-        "log",
-        "reciprocal",
-        "erf",
-        "maximum",
-        "minimum",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "where",
-        "lerp",
-        "addcmul",
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "sigmoid",
-        "logsigmoid",
-        "hardswish",
-        "hardsigmoid",
-        "hardtanh",
-        "tanh",
-        "softplus",
-        "softsign",
-        "hardshrink",
-        "softshrink",
-        "tanhshrink",
-        "threshold",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "stochastic_depth",
-        "identity",
-        "clone",
-        "contiguous",
-        "detach",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-    ]
-)
-LIKE_FIRST = frozenset(["to", "type", "type_as", "expand_as", "view_as"])  # others give only a type
-SPATIAL = {  # name -> number of trailing axes over which it works
-    f"{mode}{kind}_pool{n}d": n for n in (1, 2, 3) for mode in ("", "adaptive_")
-    for kind in ("avg", "max", "lp")
-}  # fmt: skip
-RESIZE = frozenset(["interpolate", "upsample"])  # every axis behind the channels
-REDUCE = frozenset(["mean", "sum", "amax", "amin", "var", "std", "logsumexp"])
-SHARE = frozenset(["softmax", "softmin", "log_softmax", "normalize"])  # symmetric along one axis
-
-# Modules of torch.nn without parameters, by the function that they compute.
-MODULES: dict[type[nn.Module], str] = {
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity), "elementwise"),
-    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle), "move"),
-    **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), "resize"),
-    **dict.fromkeys((nn.AvgPool1d, nn.MaxPool1d, nn.LPPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.ReflectionPad1d, nn.ReplicationPad1d, nn.ConstantPad1d, nn.ZeroPad1d, nn.CircularPad1d), "spatial1"),
-    **dict.fromkeys((nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d, nn.ZeroPad2d, nn.CircularPad2d), "spatial2"),
-    **dict.fromkeys((nn.AvgPool3d, nn.MaxPool3d, nn.LPPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.ReflectionPad3d, nn.ReplicationPad3d, nn.ConstantPad3d, nn.ZeroPad3d, nn.CircularPad3d), "spatial3"),
-}  # fmt: skip
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-LIBRARIES = frozenset(("torch", "_operator", "torchvision", "builtins"))
 
 
 @dataclass(frozen=True)
@@ -235,7 +129,7 @@ class Labeller:
             return self._convolution(x, weight, bias, groups, why, real, transposed=transposed)
         if kind is nn.Linear and weight is not None:
             return self._contraction(x, weight, bias, 1, -1, (1, 0), why, real)
-        if kind in BATCH_NORMS + INSTANCE_NORMS:
+        if kind in CHANNEL_NORMS:
             statistics = (owned.get("running_mean"), owned.get("running_var"))
             return self._per_channel(x, (*statistics, weight, bias), why)
         if kind in (nn.LayerNorm, nn.RMSNorm):
@@ -245,26 +139,23 @@ class Labeller:
             return self._group_norm(x, int(module.num_groups), (weight, bias), why)  # type: ignore[arg-type]
         if kind is nn.PReLU:
             return self._per_channel(x, (weight,), why)
-        if kind in (nn.Softmax, nn.LogSoftmax, nn.Softmin) and module.dim is not None:
+        if kind in SHARE_MODULES:
             return self._share(x, why)
-        if kind is nn.Softmax2d:
-            return self._share(x, why)
-        rule = MODULES.get(kind)
-        if rule == "elementwise":
+        if kind in ELEMENTWISE_MODULES:
             return self._elementwise([x], real, why)
-        if rule == "move":
+        if kind in MOVE_MODULES:
             return self._move(module, args, kwargs, real)
-        if rule == "resize":
+        if kind in RESIZE_MODULES:
             return self._spatial(x, real, len(x.shape) - 2, why)
-        if rule is not None and isinstance(real, Tensor):
-            return self._spatial(x, real, int(rule[-1]), why)
+        if kind in SPATIAL_MODULES and isinstance(real, Tensor):
+            return self._spatial(x, real, SPATIAL_MODULES[kind], why)
         return self._unknown(why, real, (args, kwargs, owned))
 
     def _call_function(
         self, name: str, node: fx.Node, why: str, real: Any, args: Any, kwargs: Any
     ) -> Any:
         name = name.rstrip("_")
-        if name in MOVES or name in ("cat", "concat", "concatenate", "stack"):
+        if name in MOVES or name in JOINS:
             args, kwargs = self._materialised(args), self._materialised(kwargs)
         if name in MOVES:
             if any(isinstance(value, Labels) for value in _flat((args[1:], kwargs))):
@@ -277,11 +168,11 @@ class Labeller:
             elif node.op == "call_method":
                 target = getattr(Tensor, str(node.target))
             return self._move(target, args, kwargs, real)  # type: ignore[arg-type]
-        if name in ("cat", "concat", "concatenate", "stack"):
+        if name in JOINS:
             return self._concatenation(name, args, kwargs)
-        if name in ("conv1d", "conv2d", "conv3d", "linear"):
+        if name in CONTRACTIONS:
             return self._functional_contraction(name, args, kwargs, why, real)
-        if name in ("zeros_like", "new_zeros", "zeros", "ones_like", "new_ones", "ones"):
+        if name in CONSTANTS:
             return self._same_everywhere(real)
         tensors = [v for v in _flat((args, kwargs)) if isinstance(v, Labels | Parameter)]
         if not tensors or not isinstance(real, Tensor):
@@ -289,8 +180,11 @@ class Labeller:
         if name in ELEMENTWISE:
             return self._elementwise([self._labels(v) for v in tensors], real, why)
         x = self._labels(tensors[0])
-        if name in LIKE_FIRST and x.shape == real.shape:
-            return self._elementwise([x], real, why)
+        if name in CASTS and x.shape == real.shape:
+            return x
+        if name in RESHAPES:
+            change = Tensor.expand if name == "expand_as" else Tensor.reshape
+            return Labels(*(compact(change(part, real.shape)) for part in (x.units, x.sites)))
         if name == "prelu":
             return self._per_channel(x, (_argument(args, kwargs, 1, "weight"),), why)
         if name == "batch_norm":
@@ -308,13 +202,13 @@ class Labeller:
             return None
         if name in SPATIAL:
             return self._spatial(x, real, SPATIAL[name], why)
-        if name in RESIZE:
+        if name in RESIZES:
             return self._spatial(x, real, len(x.shape) - 2, why)
         if name == "pad":
             return self._pad(x, real, args, kwargs, why)
-        if name in REDUCE:
+        if name in REDUCTIONS:
             return self._reduce(x, real, args, kwargs, why)
-        if name in SHARE:
+        if name in SHARES:
             return self._share(x, why)
         return None
 
@@ -447,7 +341,7 @@ class Labeller:
     def _reduce(self, x: Labels, real: Tensor, args: Any, kwargs: Any, why: str) -> Labels | None:
         rank = len(x.shape)
         axes = _argument(args, kwargs, 1, "dim", kwargs.get("axis"))
-        if axes is None:
+        if axes is None or isinstance(axes, bool):  # std(False) is about bias, not an axis
             axes = range(rank)
         reduced = {axis % rank for axis in ([axes] if isinstance(axes, int) else axes)}
         varying = [axis for axis, size in enumerate(core(x.units).shape) if size > 1]

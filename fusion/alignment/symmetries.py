@@ -1,4 +1,4 @@
-"""From labels to symmetries: the largest groups of units that every operation lets change places."""
+"""From labels to symmetries: the largest groups of units that all operations let change places."""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ def test_mistakes_are_named_before_the_work(pair: Pair, images: Tensor) -> None:
     with pytest.raises(UserError, match="the model has weights that are not finite in 'conv1"):
         align(change(a, spoil), b, spec=spec)
     deeper = CifarResNet(depth=14, in_channels=1).eval()
-    with pytest.raises(UserError, match="differ in architecture: only the reference has 'layer1.1"):
+    with pytest.raises(
+        UserError, match=r"differ in architecture: only the reference has 'layer1\.1"
+    ):
         align(a, deeper, example_input=images[:2])
     wider = CifarResNet(depth=8, in_channels=1, width=2).eval()
     with pytest.raises(UserError, match="they must agree"):

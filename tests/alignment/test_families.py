@@ -119,27 +119,14 @@ def check_recovery(model: nn.Module, spec: PermutationSpec, noise: float) -> Non
 
 # -- every constructor -----------------------------------------------------------------------------
 
-CNNS = [
-    "alexnet",
-    "convnext",
-    "densenet",
-    "efficientnet",
-    "googlenet",
-    "inception",
-    "mnasnet",
-    "mobilenet",
-    "regnet",
-    "resnet",
-    "resnext",
-    "shufflenet",
-    "squeezenet",
-    "vgg",
-    "wide_resnet",
-]
+CNNS = (
+    "alexnet", "convnext", "densenet", "efficientnet", "googlenet", "inception", "mnasnet",
+    "mobilenet", "regnet", "resnet", "resnext", "shufflenet", "squeezenet", "vgg", "wide_resnet",
+)  # fmt: skip
 CONSTRUCTORS = [
     name
     for name in models.list_models(module=models)
-    if name.startswith(tuple(CNNS)) and not name.startswith("quantized")
+    if name.startswith(CNNS) and not name.startswith("quantized")
 ]
 
 
