@@ -16,7 +16,8 @@ JOINS = frozenset(("cat", "concat", "concatenate", "stack"))
 ELEMENTWISE = frozenset((
     "add", "iadd", "sub", "isub", "rsub", "mul", "imul", "multiply", "div", "truediv", "itruediv",
     "true_divide", "pow", "neg", "abs", "square", "sqrt", "rsqrt", "exp", "log", "reciprocal",
-    "erf", "maximum", "minimum", "clamp", "clip", "clamp_min", "clamp_max", "where", "lerp", "addcmul",
+    "erf", "maximum", "minimum", "clamp", "clip", "clamp_min", "clamp_max", "where", "lerp",
+    "addcmul",
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid",
     "logsigmoid", "hardswish", "hardsigmoid", "hardtanh", "tanh", "softplus", "softsign",
     "hardshrink", "softshrink", "tanhshrink", "threshold", "dropout", "dropout1d", "dropout2d",
