@@ -75,7 +75,7 @@ def fixed_options(table: pd.DataFrame, group: str) -> dict[str, Any]:
     for column in table:
         of, _, option = column.partition(".")
         values = table[column].dropna().unique()
-        if of == group and option != SEED and len(values) == 1:
+        if of == group and option not in ("", SEED) and len(values) == 1:
             found[option] = values[0]
     return found
 

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusion.study import read_runs
+from fusion.study.findings import against_baseline, control_accuracy, findings
+from fusion.study.table import run_table, strategy_table
+
+
+def test_changes_and_savings_are_against_the_base_trained_in_full(study: Path) -> None:
+    table = against_baseline(strategy_table(run_table(read_runs(study))))
+    assert table["accuracy_change"].tolist() == pytest.approx(
+        [0.0, -0.01, 0.01, -0.02, -0.005, -0.015]
+    )
+    assert table["time_saving"].tolist()[:3] == pytest.approx([0.0, 0.75, 0.5])
+
+
+def test_findings_are_the_numbers_of_the_table(study: Path) -> None:
+    text = " ".join(findings(strategy_table(run_table(read_runs(study)))))
+    assert "reaches 95.0 % in 4.0 s" in text
+    assert "without any training is LERP 100 %, at 93.0 %" in text
+    assert "has 90.0 %, unmerged" in text
+    assert "the best is LERP 100 %, at 96.0 %: +1.0 points" in text
+    assert "50 % less time and 50 % less memory" in text
+    assert "1 of 5 merges reach the baseline's accuracy so" in text
+
+
+def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
+    merge = {"interpolation": "lerp", "top_p": 0.1}
+    folder = leave(job=0, method=merge, zero_shot=0.9, tuned=0.92, strategy="head")
+    strategies = strategy_table(run_table(read_runs(folder)))
+    assert "accuracy_change" not in against_baseline(strategies)
+    assert not any("baseline" in sentence for sentence in findings(strategies))
+    assert control_accuracy(strategies) == 0.9
