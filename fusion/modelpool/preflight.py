@@ -15,7 +15,6 @@ from fusion.weights import TensorSource
 if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
 
-_SHOWN = 5  # tensors named for each model before the rest is counted
 _FINITE = "weights must be finite; leave the model out or repair it"
 
 
@@ -36,12 +35,12 @@ def check_pool(pool: BaseModelPool) -> None:
         for name in whole:
             if name != reference:
                 found = pool.architecture(name).state_dict()
-                unlike += _shorten(f"expert '{name}'", _differences(found, expected, free, label))
+                unlike += _of(f"expert '{name}'", _differences(found, expected, free, label))
     infinite: list[str] = []
     for name in dict.fromkeys(whole):
         source = pool.member(name).stored()
         if source is not None:
-            infinite += _shorten(f"model '{name}'", _not_finite(source))
+            infinite += _of(f"model '{name}'", _not_finite(source))
     _raise(
         [line for lines in alone.values() for line in lines]
         + _with_rule(unlike, "a pool's members must share one architecture up to the head")
@@ -55,7 +54,7 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: names the model and its offending tensors.
     """
-    wrong = _shorten(f"model '{name}'", _not_finite(tensors))
+    wrong = _of(f"model '{name}'", _not_finite(tensors))
     _raise(_with_rule(wrong, _FINITE))
 
 
@@ -79,8 +78,10 @@ def head_tensors(model: nn.Module) -> frozenset[str]:
 def _differences(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], free: frozenset[str], label: str
 ) -> list[str]:
-    lines = [f"lacks {key}" for key in expected if key not in found]
-    lines += [f"has {key}, unknown to {label}" for key in found if key not in expected]
+    missing = [key for key in expected if key not in found]
+    added = [key for key in found if key not in expected]
+    lines = [f"lacks {', '.join(missing)}"] if missing else []
+    lines += [f"has {', '.join(added)}, unknown to {label}"] if added else []
     for key, ours in expected.items():
         if key not in found:
             continue
@@ -102,11 +103,8 @@ def _not_finite(tensors: Mapping[str, Tensor] | TensorSource) -> list[str]:
     return lines
 
 
-def _shorten(owner: str, lines: list[str]) -> list[str]:
-    told = [f"{owner}: {line}" for line in lines[:_SHOWN]]
-    if len(lines) > _SHOWN:
-        told.append(f"{owner}: and {len(lines) - _SHOWN} more tensors")
-    return told
+def _of(owner: str, lines: list[str]) -> list[str]:
+    return [f"{owner}: {', '.join(lines)}"] if lines else []
 
 
 def _with_rule(lines: list[str], rule: str) -> list[str]:

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fusion
+from fusion.data import ClassSubset, ImageTensors
+from fusion.errors import UserError
+from fusion.modelpool import BaseModelPool, Checkpoint, as_modelpool
+from fusion.models import CifarResNet
+
+SPEC = {
+    "_target_": "fusion.models.CifarResNet",
+    "depth": 8,
+    "num_classes": 10,
+    "in_channels": 1,
+    "width": 0.25,
+}
+
+
+class CountingFactory:
+    """Makes a network and counts how often."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.made = 0
+
+    def __call__(self) -> nn.Module:
+        self.made += 1
+        return self.network
+
+
+def test_the_two_import_paths_are_one_class() -> None:
+    assert fusion.BaseModelPool is BaseModelPool
+
+
+def test_every_kind_of_member_becomes_a_network(base, tmp_path) -> None:
+    BaseModelPool({"_pretrained_": SPEC}).save_model(base, tmp_path / "whole.safetensors")
+    torch.save(base.state_dict(), tmp_path / "pickled.pt")
+    pool = BaseModelPool(
+        {
+            "module": base,
+            "mapping": SPEC,
+            "callable": lambda: CifarResNet(8, 10, in_channels=1, width=0.25),
+            "safetensors": Checkpoint(tmp_path / "whole.safetensors"),
+            "pickled": Checkpoint(tmp_path / "pickled.pt", SPEC),
+            "mapping of a checkpoint": {
+                "_target_": "fusion.modelpool.Checkpoint",
+                "path": str(tmp_path / "pickled.pt"),
+                "architecture": SPEC,
+            },
+        }
+    )
+    images = torch.rand(2, 1, 8, 8)
+    for name, model in pool.named_models():
+        assert model.eval()(images).shape == (2, 10), name
+    for name in ("module", "safetensors", "pickled", "mapping of a checkpoint"):
+        assert torch.equal(pool.load_model(name).eval()(images), base(images)), name
+
+
+def test_nothing_is_built_before_it_is_asked_for(base) -> None:
+    factory = CountingFactory(base)
+    mapping = {"_target_": f"{__name__}.missing_on_purpose"}
+    pool = BaseModelPool({"_pretrained_": factory, "other": factory})
+    assert factory.made == 0
+    models = pool.models()
+    assert factory.made == 0
+    next(models)
+    assert factory.made == 1  # one at a time
+    with pytest.raises(UserError, match="missing_on_purpose"):
+        pool.add_model("never", mapping)
+
+
+def test_what_is_loaded_is_a_copy(base, equal, net) -> None:
+    pool = BaseModelPool({"_pretrained_": base})
+    with torch.no_grad():
+        for parameter in pool.load_pretrained_model().parameters():
+            parameter.zero_()
+    assert equal(base, net())
+    assert equal(pool.load_pretrained_model(), base)
+
+
+def test_special_names_are_not_experts(base) -> None:
+    pool = BaseModelPool({"_pretrained_": base, "_joint_": base, "b": base, "a": base})
+    assert pool.model_names == list(pool) == ["b", "a"]
+    assert pool.all_model_names == ["_pretrained_", "_joint_", "b", "a"]
+    assert len(pool) == 2
+    assert "_joint_" in pool
+    assert "c" not in pool
+    assert pool.has_pretrained
+    assert [name for name, _ in pool.named_models()] == ["b", "a"]
+    assert BaseModelPool.is_special_model("_x_")
+    assert not any(map(BaseModelPool.is_special_model, ("x", "_x", "x_", "__")))
+
+
+def test_a_pool_of_only_a_base_is_not_nothing(base) -> None:
+    assert BaseModelPool({"_pretrained_": base})
+    assert not BaseModelPool({})
+
+
+def test_pretrained_or_first(base, net, equal) -> None:
+    other = net(seed=5)
+    assert equal(BaseModelPool([other, base]).load_pretrained_or_first_model(), other)
+    both = BaseModelPool({"x": other, "_pretrained_": base})
+    assert equal(both.load_pretrained_or_first_model(), base)
+    with pytest.raises(UserError, match="the pool is empty"):
+        BaseModelPool({}).load_pretrained_or_first_model()
+    with pytest.raises(UserError, match="add a member named '_pretrained_'"):
+        BaseModelPool([other]).load_pretrained_model()
+
+
+def test_a_list_gets_numbers_as_names(base) -> None:
+    assert BaseModelPool([base, base]).model_names == ["0", "1"]
+
+
+def test_an_unknown_name_is_told_with_the_nearest(base) -> None:
+    pool = BaseModelPool({"expert_a": base})
+    with pytest.raises(UserError, match="no model 'expert_aa'; did you mean 'expert_a'"):
+        pool.load_model("expert_aa")
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (3, "is a int; a pool takes"),
+        ({"depth": 8}, "no '_target_' .it has 'depth'"),
+        ({"_target_": "fusion.models.CifarResnet"}, "did you mean 'CifarResNet'"),
+    ],
+)
+def test_what_is_no_member_is_refused_at_once(member, said) -> None:
+    with pytest.raises(UserError, match=said):
+        BaseModelPool({"x": member})
+
+
+def test_a_misspelt_option_of_a_member_is_told() -> None:
+    pool = BaseModelPool({"_pretrained_": {**SPEC, "dept": 8}})
+    with pytest.raises(UserError, match="no option 'dept'; did you mean 'depth'"):
+        pool.preflight()
+
+
+def test_a_factory_that_makes_no_network_is_told() -> None:
+    with pytest.raises(UserError, match="returned a Counter; expected a torch"):
+        BaseModelPool({"x": {"_target_": "collections.Counter"}}).load_model("x")
+
+
+def test_models_can_be_added_once(base) -> None:
+    pool = BaseModelPool({"_pretrained_": base})
+    pool.add_model("late", base)
+    assert pool.model_names == ["late"]
+    with pytest.raises(UserError, match="already has a model 'late'"):
+        pool.add_model("late", base)
+    with pytest.raises(UserError, match="without '/'"):
+        pool.add_model("a/b", base)
+
+
+def test_a_saved_model_brings_its_architecture_and_classes(base, tmp_path, equal) -> None:
+    pool = BaseModelPool({"_pretrained_": SPEC}, classes={"_pretrained_": range(10)})
+    pool.save_model(base, tmp_path / "m.safetensors", metadata={"note": "mine"})
+    again = BaseModelPool({"m": Checkpoint(tmp_path / "m.safetensors")})
+    assert equal(again.load_model("m"), base)
+    assert again.classes("m") == tuple(range(10))
+
+
+def test_an_architecture_that_does_not_fit_is_not_written(net, tmp_path) -> None:
+    pool = BaseModelPool({"_pretrained_": SPEC})
+    pool.save_model(net(4), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="does not say which architecture"):
+        Checkpoint(tmp_path / "m.safetensors").build()
+
+
+def test_datasets_are_built_when_asked_for_and_once(base) -> None:
+    digits = {"_target_": "fusion.data.digits", "split": "val"}
+    pool = BaseModelPool(
+        [base],
+        train_datasets={"d": digits},
+        val_datasets={"d": digits},
+        test_datasets={"d": digits, "e": {"_target_": "fusion.data.digits", "split": "tset"}},
+    )
+    assert pool.train_dataset_names == pool.val_dataset_names == ["d"]
+    assert pool.test_dataset_names == ["d", "e"]
+    assert isinstance(pool.load_train_dataset("d"), ImageTensors)
+    assert pool.load_val_dataset("d") is pool.load_val_dataset("d")
+    assert digits == {"_target_": "fusion.data.digits", "split": "val"}
+    with pytest.raises(UserError, match="did you mean 'test'"):
+        pool.load_test_dataset("e")
+    with pytest.raises(UserError, match="no test data named 'f'"):
+        pool.load_test_dataset("f")
+
+
+def test_calibration_data_are_the_bases_or_all_of_the_experts(base, train_digits) -> None:
+    a, b = ClassSubset(train_digits, [0, 1]), ClassSubset(train_digits, [7, 2])
+    assert BaseModelPool([base]).calibration_dataset() is None
+    own = BaseModelPool([base], train_datasets={"a": a, "_pretrained_": train_digits})
+    assert own.calibration_dataset() is train_digits
+    joined = BaseModelPool([base], train_datasets={"a": a, "b": b}).calibration_dataset()
+    assert len(joined) == len(a) + len(b)
+    assert joined.original_labels == (0, 1, 2, 7)
+
+
+def test_classes_are_given_for_members_that_are_there(base) -> None:
+    assert BaseModelPool({"a": base}, classes={"a": [3, 1]}).classes("a") == (3, 1)
+    with pytest.raises(UserError, match="classes: the pool has no model 'b'"):
+        BaseModelPool({"a": base}, classes={"b": [3, 1]})
+
+
+def test_a_tied_network_keeps_its_tie(tmp_path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(2, 2, 3)
+            self.second = nn.Conv2d(2, 2, 3)
+            self.second.weight = self.first.weight
+
+    tied = Tied()
+    pool = BaseModelPool({"a": tied, "_pretrained_": Tied})
+    for loaded in (pool.load_model("a"), pool.architecture("a"), pool.architecture("_pretrained_")):
+        assert loaded.first.weight is loaded.second.weight
+    pool.save_model(tied, tmp_path / "t.safetensors")
+    again = Checkpoint(tmp_path / "t.safetensors", Tied).build()
+    assert again.first.weight is again.second.weight
+    assert torch.equal(again.first.weight, tied.first.weight)
+
+
+def test_as_modelpool_takes_what_algorithms_take(base) -> None:
+    pool = BaseModelPool([base])
+    assert as_modelpool(pool) is pool
+    assert as_modelpool({"_pretrained_": base}).has_pretrained
+    assert as_modelpool([base, base]).model_names == ["0", "1"]
+    assert as_modelpool(base).all_model_names == ["_pretrained_"]
+    with pytest.raises(UserError, match="not a int"):
+        as_modelpool(3)
