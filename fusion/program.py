@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import platform
 import time
 from collections.abc import Mapping
@@ -35,9 +34,14 @@ _LOG_FORMAT = "[%(asctime)s] %(message)s"  # what the command line's own process
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made: the network and everything measured of it."""
+    """What a run made: the network and everything measured of it.
 
-    model: nn.Module
+    Attributes:
+        model: the network; None where several processes made it: it is in the run folder.
+        report: what ``report.json`` holds.
+    """
+
+    model: nn.Module | None
     report: dict[str, Any]
 
 
@@ -120,16 +124,18 @@ class FusionProgram:
                 self.folder.path,
             )
             return None
-        pickled, report = fabric.launch(self._run_in_process)
-        return Outcome(pickle.loads(pickled), report)
+        outcome: Outcome | None = fabric.launch(self._run_in_process)
+        return outcome or Outcome(None, self.folder.load_report())
 
-    def _run_in_process(self, fabric: Fabric) -> tuple[bytes, dict[str, Any]]:
+    def _run_in_process(self, fabric: Fabric) -> Outcome | None:
         """Do the whole run in one of the processes that Fabric launched.
 
-        The model comes back as bytes: tensors live in memory that ends with their process.
+        Only a single process hands its outcome back: what several would send passes through a
+        pipe that nobody reads before they have ended, and blocks them when it is full.
         """
         if fabric.is_global_zero and not logging.getLogger().handlers:  # a spawned process
             logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
+            logging.getLogger("fontTools").setLevel(logging.WARNING)
         algorithm, pool, tasks, finetuning = self._parts()
         fabric.seed_everything(self._seed, workers=True, verbose=False)
         algorithm.fabric = fabric
@@ -190,7 +196,7 @@ class FusionProgram:
                 log.info("Accuracy (%%)\n%s", accuracy_table(evaluations))
             self.folder.tell()
         fabric.barrier()
-        return pickle.dumps(model), report
+        return Outcome(model, report) if fabric.world_size == 1 else None
 
     def _evaluate(
         self,

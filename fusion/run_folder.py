@@ -100,6 +100,11 @@ class RunFolder:
         text = json.dumps(report, indent=2, ensure_ascii=False, default=_jsonable)
         write_text(self.report_path, text + "\n")
 
+    def load_report(self) -> dict[str, Any]:
+        """Return the report as it was written."""
+        report: dict[str, Any] = json.loads(self.report_path.read_text(encoding="utf-8"))
+        return report
+
     def tell(self) -> None:
         """Log where the run's files are."""
         inside = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
