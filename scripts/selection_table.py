@@ -63,9 +63,11 @@ def measure(pool_name: str, seed: int, overrides: list[str]) -> list[dict[str, A
     whole = tasks.task_names[0]
     rows = []
 
-    def add(name: str, result: dict[str, Any]) -> None:
+    def add(name: str, result: dict[str, Any], share: float | None = None) -> None:
         task = whole if whole in result else next(iter(result))
-        rows.append({"seed": seed, "model": name, "accuracy": 100 * result[task]["accuracy"]})
+        accuracy = 100 * result[task]["accuracy"]
+        row = {"seed": seed, "model": name, "share": share, "task": task, "accuracy": accuracy}
+        rows.append(row)
 
     base = pool.load_pretrained_model()
     add(BASE, tasks.evaluate(base))
@@ -81,7 +83,7 @@ def measure(pool_name: str, seed: int, overrides: list[str]) -> list[dict[str, A
     for name, options in variants():
         merge = SNRSelectiveMerge(**options, plot=False, seed=seed)
         merge.progress = False
-        add(name, tasks.evaluate(merge.run(pool)))
+        add(name, tasks.evaluate(merge.run(pool)), options["top_p"])
     return rows
 
 
@@ -95,10 +97,14 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
         for share in SHARES:
             if share == 1.0 and rank != "experts":
                 continue  # everything is merged whatever the order
-            name = f"{how}, {rank}, {share:.0%}, {treatment}".replace("%", " %")
+            name = label(how, rank, share, treatment)
             name += ", equal weights" if weighting == "equal" else ""
             options = {"interpolation": how, "rank_by": rank, "top_p": share}
             yield name, options | {"batch_norm": treatment, "weighting": weighting}
+
+
+def label(how: str, rank: str, share: float, treatment: str) -> str:
+    return f"{how}, {rank}, {100 * share:.0f} %, {treatment}"
 
 
 def parts(name: str, seed: int, overrides: list[str]) -> tuple[BaseModelPool, Any]:
@@ -119,15 +125,22 @@ def parts(name: str, seed: int, overrides: list[str]) -> tuple[BaseModelPool, An
 
 
 def markdown(runs: pd.DataFrame) -> str:
-    """Return mean ± standard error, and the difference from the controls in standard errors."""
+    """Return mean ± standard error, and the differences from the controls, paired by seed."""
     wide = runs.pivot(index="seed", columns="model", values="accuracy")[runs["model"].unique()]
+    about = runs.drop_duplicates("model").set_index("model")
     lines = [
-        f"| model ({len(wide)} seeds) | accuracy, % | minus recalibrated base | minus full merge |",
-        "|---|---|---|---|",
+        f"| model ({len(wide)} seeds) | accuracy, % "
+        "| − recalibrated base | − random choice | − full merge |",
+        "|---|---|---|---|---|",
     ]
     for model in wide:
+        share = about.loc[model, "share"]
+        chance = label("lerp", "random", share, "recalibrate") if share < 1 else None
         cells = [statistic(wide[model], signed=False)]
-        cells += [statistic(wide[model] - wide[control]) for control in (RECALIBRATED, FULL)]
+        for control in (RECALIBRATED, chance, FULL):
+            compared = control in wide and control != model
+            compared = compared and about.loc[model, "task"] == about.loc[control, "task"]
+            cells.append(statistic(wide[model] - wide[control]) if compared else "")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
