@@ -112,7 +112,9 @@ def _draw(
             error_kw={"elinewidth": 0.7, "ecolor": "#7f7f7f", "capsize": 1},
             zorder=2,
         )
-        text = f"{value:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
+        text = f"{round(value, digits) + 0.0:.{digits}f}" + (
+            "" if np.isnan(error) else f" ± {error:.{digits}f}"
+        )
         edge = value + (np.sign(value) or 1) * (0 if np.isnan(error) else error)
         axes.annotate(
             text,
@@ -122,8 +124,8 @@ def _draw(
             ha="left" if value >= 0 else "right",
             va="center",
             fontsize=_VALUE_SIZE,
-            zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.8},
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
         )
 
 

@@ -14,15 +14,19 @@ from fusion.figures.study_style import (
     finetuning_style,
     interpolation_styles,
 )
-from fusion.figures.style import PAGE_WIDTH, MemberStyle, house_style, new_figure
+from fusion.figures.style import MemberStyle, house_style, new_figure
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_PANEL = 2.2  # inches: height
+_WIDTH = 5.2  # inches: on a phone still legible
+_PANEL = 1.9  # inches: height
+_HOLLOW = ("s", "o", "P", "X", "*", "d")  # markers of merges that stand alone
 
 
-def study_share(table: pd.DataFrame, *, control: float | None = None, unit: str = "") -> Figure:
+def study_share(
+    table: pd.DataFrame, *, control: float | None = None, baseline: float | None = None
+) -> Figure:
     """Draw zero-shot accuracy, and that after each fine-tuning, against the share of layers.
 
     Lines join merges that differ in their share alone: ranked as most of the merges are. Those
@@ -34,7 +38,7 @@ def study_share(table: pd.DataFrame, *, control: float | None = None, unit: str 
             ``strategy``, ``zero_shot_accuracy`` and ``finetuned_accuracy`` (0 to 1), each with
             its ``…_error``.
         control: accuracy of the base under the same batch-norm treatment, not merged.
-        unit: of the vertical axis, after "accuracy".
+        baseline: accuracy of the base with everything trained.
 
     Raises:
         ValueError: there is no merge with a share.
@@ -52,8 +56,8 @@ def study_share(table: pd.DataFrame, *, control: float | None = None, unit: str 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with house_style():
-        figure = new_figure(width=PAGE_WIDTH if columns > 1 else 3.6, height=_PANEL * rows + 0.4)
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+        figure = new_figure(width=_WIDTH if columns > 1 else 3.6, height=_PANEL * rows + 0.7)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for index, (column, strategy, title) in enumerate(panels):
             axes = grid[index // columns][index % columns]
             shown = table[table["strategy"] == strategy] if strategy else table
@@ -63,23 +67,41 @@ def study_share(table: pd.DataFrame, *, control: float | None = None, unit: str 
                 axes.axhline(
                     100 * control,
                     color=BASE.color,
+                    linewidth=0.7,
+                    label="base, batch norm as in the merges",
+                )
+            if baseline is not None and strategy:
+                axes.axhline(
+                    100 * baseline,
+                    color=BASE.color,
                     linestyle="--",
                     linewidth=0.9,
-                    label="base, same batch norm, not merged",
+                    label="baseline: base, everything trained",
                 )
             if index % columns == 0:
-                axes.set_ylabel(f"accuracy (%){unit}")
+                axes.set_ylabel("accuracy (%)")
             if index >= len(panels) - columns:
                 axes.set_xlabel("share of layers merged (%)")
                 axes.tick_params(labelbottom=True)
+        _scale(figure.axes[0], table["share"])
         for index in range(len(panels), rows * columns):
             grid[index // columns][index % columns].set_visible(False)
         entries = {}
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=3)
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=2)
     return figure
+
+
+def _scale(axes: Axes, share: pd.Series[float]) -> None:
+    """Mark the shares there are; small ones lie close together, so the axis is logarithmic."""
+    found = sorted(100 * share.unique())
+    positive = [value for value in found if value > 0]
+    axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+    axes.set_xlim(-0.04 * positive[0] if found[0] == 0 else 0.9 * positive[0], 1.1 * found[-1])
+    axes.set_xticks(found, [f"{value:g}" for value in found])
+    axes.minorticks_off()
 
 
 def _panel(axes: Axes, table: pd.DataFrame, column: str) -> None:
@@ -88,9 +110,10 @@ def _panel(axes: Axes, table: pd.DataFrame, column: str) -> None:
     for name, style in styles.items():
         _line(axes, usual[usual["interpolation"] == name], column, style, str(name).upper())
     _line(axes, table[table["series"] == "random"], column, RANDOM, "layers drawn at random")
-    for name, rows in table[table["series"] == "other"].groupby("name", sort=False):
+    others = table[table["series"] == "other"].groupby("name", sort=False)
+    for place, (name, rows) in enumerate(others):
         style = styles[str(rows["interpolation"].iloc[0])]
-        hollow = MemberStyle(style.color, style.marker, "")
+        hollow = MemberStyle(style.color, _HOLLOW[place % len(_HOLLOW)], "")
         _line(axes, rows, column, hollow, str(name), hollow=True)
 
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from fusion.figures.study_bars import study_bars
 from fusion.figures.study_pareto import study_pareto
 from fusion.figures.study_share import study_share
-from fusion.study.findings import against_baseline, baseline_row, control_accuracy
+from fusion.study.findings import against_baseline, baseline_row, control_accuracy, series
 from fusion.study.markdown import MEBIBYTE
-from fusion.study.naming import departs, merge_names
-from fusion.study.table import is_base, is_baseline
+from fusion.study.naming import merge_names
+from fusion.study.table import NO_MERGE, is_baseline
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,20 @@ class _Bars:
     label: str
     scale: float
     digits: int
+    note: str = ""
 
 
+_NOISE = " What trains the same tensors differs by the noise of the machine alone."
 _AMOUNTS = (
     _Bars("finetuned_accuracy", "Accuracy after fine-tuning", "accuracy (%)", 100, 1),
     _Bars("finetuned_f1", "F1 after fine-tuning", "weighted F1 (%)", 100, 1),
-    _Bars("training_seconds", "Time of fine-tuning", "wall time (s)", 1, 2),
+    _Bars("training_seconds", "Time of fine-tuning", "wall time (s)", 1, 2, _NOISE),
     _Bars("peak_bytes", "Memory of fine-tuning", "peak memory (MiB)", 1 / MEBIBYTE, 0),
 )
 _CHANGES = (
     _Bars("accuracy_change", "Change in accuracy", "change in accuracy (points)", 100, 1),
     _Bars("f1_change", "Change in F1", "change in weighted F1 (points)", 100, 1),
-    _Bars("time_saving", "Time saved", "time saved (%)", 100, 0),
+    _Bars("time_saving", "Time saved", "time saved (%)", 100, 0, _NOISE),
     _Bars("memory_saving", "Memory saved", "peak memory saved (%)", 100, 0),
 )
 
@@ -67,26 +69,16 @@ def drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
     table["interpolation"] = table.get("method.interpolation")
     table["share"] = table.get("method.top_p")
     baseline = baseline_row(strategies)
-    for bars in _AMOUNTS:
-        if table[bars.column].notna().any():
-            line = None if baseline is None else float(baseline[bars.column])
-            caption = f"{bars.title}, a bar for each merge and each choice of what is trained."
-            yield Drawing(f"study_{bars.column}", bars.title, caption, _bars(table, bars, line))
-    if baseline is not None:
-        others = table[~is_baseline(table)]
-        for bars in _CHANGES:
-            if others[bars.column].notna().any():
-                caption = f"{bars.title} against the base with everything trained, which is at 0."
-                figure = _bars(others, bars, None)
-                yield Drawing(f"study_{bars.column}", bars.title, caption, figure)
-    merges = table[~is_base(table) & table["share"].notna() & table["zero_shot_accuracy"].notna()]
+    merges = table[(table["algorithm"] != NO_MERGE) & table["zero_shot_accuracy"].notna()]
     if merges["share"].nunique() > 1:
-        series = _series(table).loc[merges.index]
-        figure = study_share(merges.assign(series=series), control=control_accuracy(strategies))
+        figure = study_share(
+            _from_nothing(merges.assign(series=series(strategies).loc[merges.index])),
+            control=control_accuracy(strategies),
+            baseline=None if baseline is None else float(baseline["finetuned_accuracy"]),
+        )
         caption = (
             "Accuracy against the share of layers that is merged. Filled points on a line differ "
-            "in their share alone; hollow ones in something else too. The dashed line is the base "
-            "under the same batch-norm treatment, with nothing merged."
+            "in their share alone; hollow ones in something else too."
         )
         yield Drawing("study_share", "How many layers to merge", caption, figure)
     if table[["training_seconds", "finetuned_accuracy"]].notna().all(axis=1).any():
@@ -95,6 +87,32 @@ def drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
             "left of the Pareto front, whose models are named."
         )
         yield Drawing("study_pareto", "What a second buys", caption, study_pareto(table))
+    for bars in _AMOUNTS:
+        if table[bars.column].notna().any():
+            line = None if baseline is None else float(baseline[bars.column])
+            caption = f"A bar for each merge and each choice of what is trained.{bars.note}"
+            yield Drawing(f"study_{bars.column}", bars.title, caption, _bars(table, bars, line))
+    if baseline is not None:
+        others = table[~is_baseline(table)]
+        for bars in _CHANGES:
+            if others[bars.column].notna().any():
+                caption = f"Against the base with everything trained, which is at 0.{bars.note}"
+                figure = _bars(others, bars, None)
+                yield Drawing(f"study_{bars.column}", bars.title, caption, figure)
+
+
+def _from_nothing(merges: pd.DataFrame) -> pd.DataFrame:
+    """Let every line begin where nothing is merged: there all interpolations are one."""
+    nothing = merges[(merges["share"] == 0) & (merges["series"] == "usual")]
+    others = merges.loc[merges["series"] == "usual", "interpolation"].unique()
+    copies = [
+        nothing.assign(interpolation=name)
+        for name in others
+        if name not in set(nothing["interpolation"])
+    ]
+    if (merges["series"] == "random").any():
+        copies.append(nothing.assign(series="random"))
+    return pd.concat([merges, *copies], ignore_index=True)
 
 
 def _bars(table: pd.DataFrame, bars: _Bars, baseline: float | None) -> Figure:
@@ -106,13 +124,3 @@ def _bars(table: pd.DataFrame, bars: _Bars, baseline: float | None) -> Figure:
         digits=bars.digits,
         baseline=baseline,
     )
-
-
-def _series(table: pd.DataFrame) -> pd.Series[str]:
-    """Return of each row whether it is one of the usual, drawn at random, or something else."""
-    others = [column for column in departs(table) if column != "method.rank_by"]
-    usual = ~departs(table).any(axis=1)
-    ranked = table.get("method.rank_by")
-    random = (ranked == "random") & ~departs(table)[others].any(axis=1)
-    names = pd.Series("other", index=table.index).mask(usual, "usual")
-    return names.mask(random, "random")

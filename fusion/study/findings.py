@@ -6,8 +6,14 @@ import math
 
 import pandas as pd
 
-from fusion.study.naming import finetuning_name, merge_names
+from fusion.study.naming import departs, merge_names
 from fusion.study.table import NO_FINETUNING, is_base, is_baseline
+
+_TRAINED = {
+    "head": "the head",
+    "selective": "the merged layers and the head",
+    "full": "everything",
+}
 
 
 def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
@@ -68,13 +74,51 @@ def findings(strategies: pd.DataFrame) -> list[str]:
     for strategy, rows in merged.groupby("strategy", sort=False):
         if strategy != NO_FINETUNING and rows["finetuned_accuracy"].notna().any():
             found.append(_of_finetuning(str(strategy), rows, baseline is not None))
-    return found
+    return found + _against_chance(strategies)
+
+
+def series(strategies: pd.DataFrame) -> pd.Series[str]:
+    """Return of each row whether it is a usual merge, one of layers at random, or another.
+
+    Usual are those that differ from each other in interpolation and share alone.
+    """
+    departing = departs(strategies)
+    others = [column for column in departing if column != "method.rank_by"]
+    names = pd.Series("other", index=strategies.index)
+    names = names.mask(~departing.any(axis=1), "usual")
+    if "method.rank_by" not in strategies:
+        return names
+    random = (strategies["method.rank_by"] == "random") & ~departing[others].any(axis=1)
+    return names.mask(random, "random")
+
+
+def _against_chance(strategies: pd.DataFrame) -> list[str]:
+    """Return what ranking the layers is worth, held against drawing as many at random."""
+    table = strategies.assign(series=series(strategies))[~is_base(strategies)]
+    if not (table["series"] == "random").any():
+        return []
+    same = ["method.interpolation", "method.top_p", "strategy"]
+    ranked = table[table["series"] == "usual"].merge(
+        table[table["series"] == "random"], on=same, suffixes=("", "_random")
+    )
+    if ranked.empty:
+        return []
+    changes = []
+    for column, when in (("zero_shot_accuracy", "before"), ("finetuned_accuracy", "after")):
+        difference = (ranked[column] - ranked[f"{column}_random"]).mean()
+        if not math.isnan(difference):
+            changes.append(f"{100 * difference:+.1f} points {when} fine-tuning")
+    by = ranked["method.rank_by"].iloc[0]
+    return [
+        f"Choosing layers by their rank ({by}) instead of as many at random is worth "
+        f"{' and '.join(changes)}, in the mean of {len(ranked)} pairs."
+    ]
 
 
 def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str:
     best = rows.loc[rows["finetuned_accuracy"].idxmax()]
     sentence = (
-        f"With {finetuning_name(strategy)} trained, the best is {best['name']}, at "
+        f"With {_TRAINED.get(strategy, strategy)} trained, the best is {best['name']}, at "
         f"{_percent(best['finetuned_accuracy'])}"
     )
     if not has_baseline:
@@ -86,7 +130,7 @@ def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str
     )
     if not math.isnan(float(best["memory_saving"])):
         sentence += f" and {_saving(best['memory_saving'], 'memory')}"
-    return f"{sentence}. {reached} of {len(rows)} merges reach the baseline's accuracy so."
+    return f"{sentence}. {reached} of {len(rows)} merges reach the baseline so."
 
 
 def _saving(share: float, what: str) -> str:

@@ -40,6 +40,7 @@ COLUMNS = (
     Column("training_seconds", "added time (s)", 1, 2, "low"),
     Column("peak_bytes", "peak memory (MiB)", 1 / MEBIBYTE, 0, "low"),
     Column("trained_parameters", "trained parameters", 1, 0, ""),
+    Column("consistency_all_layers", "consistency", 1, 3, ""),
 )
 
 

@@ -17,6 +17,11 @@ FINETUNINGS = {
 }
 _ALWAYS = ("method.interpolation", "method.top_p")
 _WORDS = {"rank_by": "ranked by", "batch_norm": "batch norm", "weighting": "weights"}
+_PHRASES = {
+    ("rank_by", "random"): "layers at random",
+    ("weighting", "equal"): "equal weights",
+}
+_TREATED = {"recalibrate": "recalibrated", "merge": "merged", "pretrained": "kept"}
 
 
 def merge_names(table: pd.DataFrame) -> list[str]:
@@ -30,10 +35,11 @@ def merge_names(table: pd.DataFrame) -> list[str]:
     names = []
     for place, (_, row) in enumerate(table.iterrows()):
         if bases.iloc[place]:
-            names.append("base, not merged")
+            treated = _TREATED.get(str(row["batch_norm"]))
+            names.append(f"base, batch norm {treated}" if treated else "base, as it is")
             continue
         words = [
-            f"{_WORDS.get(option, option)} {row[column]}"
+            _PHRASES.get((option, row[column]), f"{_WORDS.get(option, option)} {row[column]}")
             for column, option in ((c, c.partition(".")[2]) for c in departing)
             if departing[column].iloc[place]
         ]

@@ -87,6 +87,7 @@ def _setting(runs: Sequence[Run], strategies: pd.DataFrame) -> dict[str, str]:
         "runs": f"{len(reports)} in {len(strategies)} combinations",
         "seeds": _several(report.get("seed") for report in reports),
         "fine-tuning": _options(fixed_options(strategies, "finetune")),
+        "alignment": _alignment(strategies),
         "merging": _options(fixed_options(strategies, "method")),
         "machine": f"{environment.get('device', '?')}, {environment.get('cores', '?')} cores, "
         f"torch {environment.get('torch', '?')}",
@@ -96,12 +97,24 @@ def _setting(runs: Sequence[Run], strategies: pd.DataFrame) -> dict[str, str]:
     return {key: value for key, value in setting.items() if value}
 
 
+def _alignment(strategies: pd.DataFrame) -> str:
+    known = strategies["aligned"].dropna()
+    if known.empty:
+        return ""
+    text = "changed the experts" if known.any() else "changed nothing"
+    cycle = strategies["cycle_consistency"].max()
+    return text if pd.isna(cycle) else f"{text}; forth and back differ by {cycle:.2g} (mean square)"
+
+
 def _several(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def _options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in options.items()
+    )
 
 
 def _legend(strategies: pd.DataFrame) -> str:
@@ -110,6 +123,8 @@ def _legend(strategies: pd.DataFrame) -> str:
         text += " Peak memory is the process's resident memory above its level at the start."
     elif strategies["memory"].eq("device").any():
         text += " Peak memory is the device's, as torch allocated it."
+    if strategies["consistency_all_layers"].notna().any():
+        text += " Consistency is that with the experts over all layers (task vectors)."
     if strategies["seeds"].max() > 1:
         text += " Numbers are means over the seeds ± standard error."
     return text

@@ -70,7 +70,7 @@ def summarise(folder: str | Path) -> Summary:
     text += [f"failed: {run.name}: {run.error}" for run in runs if run.status == FAILED]
     text += [f"unfinished: {name}" for name in unfinished]
     outside = [file.name for file in files if file.parent == folder]
-    drawn_in = f" and {len(files) - len(outside)} figures in {FIGURES}/" if finished else ""
+    drawn_in = f" and the figures in {FIGURES}/" if finished else ""
     text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")
     return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)
 

@@ -35,7 +35,17 @@ FIGURES = (
     "evaluate_seconds",
 )
 _CHOICES = ("algorithm", "method", "modelpool", "taskpool", "strategy", SEED)
-_ABOUT = ("run", "status", "error", "order", "same_as", "control", "memory", "aligned")
+_ABOUT = (
+    "run",
+    "status",
+    "error",
+    "order",
+    "same_as",
+    "control",
+    "memory",
+    "batch_norm",
+    "aligned",
+)
 
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -90,13 +100,13 @@ def strategy_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_base(table: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows merged nothing."""
-    return table["algorithm"] == NO_MERGE
+    """Return which rows merged nothing: the base as it is, or with its batch norm treated."""
+    return (table["algorithm"] == NO_MERGE) | (table["merged_layers"] == 0)
 
 
 def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
     """Return which rows are the baseline: the base, fine-tuned in full."""
-    return is_base(table) & (table["strategy"] == "full")
+    return (table["algorithm"] == NO_MERGE) & (table["strategy"] == "full")
 
 
 def _row(run: Run, order: int) -> dict[str, Any]:
@@ -129,6 +139,7 @@ def _row(run: Run, order: int) -> dict[str, Any]:
         "peak_bytes": finetune.get("peak_bytes"),
         "memory": finetune.get("memory"),
         "trained_parameters": finetune.get("trained_parameters"),
+        "batch_norm": algorithm.get("batch_norm"),
         "same_as": " ".join(finetune.get("same_as", [])),
         "merged_layers": None if selected is None else len(selected),
         "candidate_layers": algorithm.get("candidate_layers"),
