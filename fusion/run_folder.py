@@ -66,7 +66,10 @@ class RunFolder:
                 raise UserError(f"{option}: '{path}' is a folder; give the name of a file")
         if self.model_path.suffix != ".safetensors":
             raise UserError(f"merged_model_save_path: '{self.model_path}' must end in .safetensors")
-        for path in {self.report_path, self.model_path}:
+        # The report comes last: a model without one is what a run left that was killed.
+        killed = (self.path / CONFIG).is_file() and not self.report_path.exists()
+        leftover = self.path / MODEL if killed else None
+        for path in {self.report_path, self.model_path} - {leftover}:
             if path.exists() and not self._overwrite:
                 raise UserError(
                     f"'{path}' is there already, from an earlier run; choose another output_path, "
