@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fusion.errors import UserError, suggestion
-from fusion.spectrum import marchenko_pastur, tracy_widom
-from fusion.spectrum.notebook import notebook_sigma, notebook_threshold
+from fusion.spectrum.noise_model import (
+    SigmaRule,
+    ThresholdRule,
+    estimate_sigma,
+    noise_threshold,
+)
 from fusion.spectrum.svd import singular_values, to_float64
-
-SigmaRule = Literal["median", "iqr", "notebook"]
-ThresholdRule = Literal["tracy_widom", "mp_edge", "gavish_donoho", "notebook"]
 
 MIN_SINGULAR_VALUES = 3  # with fewer there is no majority of noise to stand out from
 MIN_RESOLUTION = 1e-12  # relative; the decomposition's own rounding in float64 stays well below it
@@ -113,8 +114,8 @@ def layer_snr(
     values = singular_values(blocks)
     resolution = max(torch.finfo(weight.dtype).eps, MIN_RESOLUTION)
     rounding = resolution * float(blocks.square().mean().sqrt())
-    noise_sigma = max(_sigma(values, a, b, sigma), rounding)
-    edge = _threshold(noise_sigma, a, b, threshold, alpha / len(blocks))
+    noise_sigma = max(estimate_sigma(values, a, b, sigma), rounding)
+    edge = noise_threshold(noise_sigma, a, b, threshold, alpha=alpha / len(blocks))
 
     above = values > edge
     if len(values) < MIN_SINGULAR_VALUES:
@@ -157,32 +158,6 @@ def _without_zeros(blocks: Tensor) -> Tensor:
         return blocks[nonzero.any(dim=2).any(dim=1)]
     block, nonzero = blocks[0], nonzero[0]
     return block[nonzero.any(dim=1)][:, nonzero.any(dim=0)].unsqueeze(0)
-
-
-def _sigma(values: Tensor, a: int, b: int, rule: SigmaRule) -> float:
-    beta = a / b
-    if rule == "median":
-        return float(values.quantile(0.5)) / math.sqrt((b - 0.5) * marchenko_pastur.median(beta))
-    if rule == "iqr":
-        spread = float(values.quantile(0.75) - values.quantile(0.25))
-        return spread / (math.sqrt(b - 0.5) * marchenko_pastur.singular_value_iqr(beta))
-    return notebook_sigma(values)
-
-
-def _threshold(sigma: float, a: int, b: int, rule: ThresholdRule, alpha: float) -> float:
-    if rule == "tracy_widom":
-        return sigma * tracy_widom.noise_edge(a, b, alpha)
-    if rule == "mp_edge":
-        return sigma * (math.sqrt(a) + math.sqrt(b))
-    if rule == "gavish_donoho":
-        return sigma * math.sqrt(b) * optimal_hard_threshold(a / b)
-    return notebook_threshold(sigma, a, b)
-
-
-def optimal_hard_threshold(beta: float) -> float:
-    """Return λ*(β), the optimal threshold in units of σ√b (Gavish & Donoho 2014)."""
-    root = math.sqrt(beta**2 + 14 * beta + 1)
-    return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
 
 
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

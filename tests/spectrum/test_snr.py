@@ -8,7 +8,8 @@ import torch
 from fusion.errors import UserError
 from fusion.spectrum import as_matrix, layer_snr
 from fusion.spectrum.marchenko_pastur import median
-from fusion.spectrum.snr import MIN_RESOLUTION, optimal_hard_threshold
+from fusion.spectrum.noise_model import optimal_hard_threshold
+from fusion.spectrum.snr import MIN_RESOLUTION
 
 SHAPES = [(16, 144), (64, 64), (64, 576), (128, 1152), (512, 4608)]
 RULES = ["tracy_widom", "mp_edge", "gavish_donoho", "notebook"]
