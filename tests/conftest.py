@@ -16,11 +16,18 @@ EXPERT_CLASSES = {"a": (0, 1, 2, 3), "b": (4, 5, 6, 7, 8, 9)}
 
 
 def make_net(num_classes: int = 10, seed: int = 0) -> CifarResNet:
-    """A ResNet-8 of 4 to 16 channels whose batch norms have seen something."""
+    """A ResNet-8 of 8 to 32 channels whose batch norms have seen something.
+
+    Its convolutions are noise and two strong directions, as those of a trained network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = CifarResNet(8, num_classes, in_channels=1, width=0.25)
+        net = CifarResNet(8, num_classes, in_channels=1, width=0.5)
         for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                rows, columns = module.weight.flatten(1).shape
+                signal = torch.randn(rows, 2) @ torch.randn(2, columns)
+                module.weight.data += 0.1 * (1 + torch.rand(())) * signal.view_as(module.weight)
             if isinstance(module, _BatchNorm):
                 nn.init.normal_(module.weight, 1, 0.2)
                 nn.init.normal_(module.bias, 0, 0.2)
@@ -32,7 +39,7 @@ def make_net(num_classes: int = 10, seed: int = 0) -> CifarResNet:
 
 def make_expert(base: nn.Module, classes: Sequence[int], seed: int) -> CifarResNet:
     """The base moved a little everywhere, with its head's rows for some classes."""
-    expert = CifarResNet(8, len(classes), in_channels=1, width=0.25).eval()
+    expert = CifarResNet(8, len(classes), in_channels=1, width=0.5).eval()
     state = {}
     for key, tensor in base.state_dict().items():
         if key.startswith(HEAD):

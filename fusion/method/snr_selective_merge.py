@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ from fusion.method.batch_norm import working
 from fusion.method.consistency import keep_consistency
 from fusion.method.layer_scores import LayerRecord
 from fusion.modelpool import PRETRAINED, BaseModelPool
-from fusion.models import find_layers
+from fusion.models import Layer, find_layers, head_names
 from fusion.spectrum import layer_snr
 from fusion.spectrum.noise_model import SigmaRule, ThresholdRule
 from fusion.weights import TensorSource, spherical_mean, ties, weighted_mean
@@ -113,6 +115,12 @@ class SNRSelectiveMerge(BaseAlgorithm):
         _choice("head", head, HEADS)
         if not 0 < density <= 1:
             raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")
+        for option, number in (
+            ("calibration_images", calibration_images),
+            ("batch_size", batch_size),
+        ):
+            if number < 2:
+                raise UserError(f"{option} is {number}; a variance takes 2 images or more")
         self.top_p = top_p
         self.rank_by = rank_by
         self.weighting = weighting
@@ -182,13 +190,8 @@ class SNRSelectiveMerge(BaseAlgorithm):
             )
         modelpool.preflight()
         model = modelpool.architecture(PRETRAINED)
-        layers = [layer.name for layer in find_layers(model)]
         if not isinstance(self.rank_by, str):
-            for name in self.rank_by:
-                if name not in layers:
-                    raise UserError(
-                        f"rank_by: the network has no layer '{name}'{suggestion(name, layers)}"
-                    )
+            self._check_names(self.rank_by, model, modelpool)
         if self.rank_by in ("similarity", "hybrid") and len(modelpool) < 2:
             raise UserError(f"rank_by={self.rank_by} compares experts, and the pool has only one")
         if not isinstance(self.weighting, str):
@@ -233,13 +236,33 @@ class SNRSelectiveMerge(BaseAlgorithm):
         del modelpool
         return self._labels
 
+    def _layers(self, model: nn.Module) -> tuple[Layer, ...]:
+        layers = find_layers(model)
+        return notebook.split_norms(layers, model) if self.scoring == "notebook" else layers
+
+    def _check_names(
+        self, names: Sequence[str], model: nn.Module, modelpool: BaseModelPool
+    ) -> None:
+        """Check that the layers named in ``rank_by`` are there and can be merged."""
+        layers = {layer.name: layer for layer in self._layers(model)}
+        heads_of = [head_names(model, modelpool.architecture(name)) for name in modelpool]
+        head = {key for keys in heads_of for key in keys}
+        for name in names:
+            if name not in layers:
+                raise UserError(
+                    f"rank_by: the network has no layer '{name}'{suggestion(name, layers)}"
+                )
+            if head & set(layers[name].tensors):
+                raise UserError(
+                    f"rank_by: '{name}' is the head, whose shape differs between the members; it "
+                    f"is no layer to merge (see the option 'head')"
+                )
+
     def _score(
         self, model: nn.Module, base: Mapping[str, Tensor], experts: Mapping[str, TensorSource]
     ) -> list[LayerRecord]:
-        layers = find_layers(model)
-        if self.scoring == "notebook":
-            layers = notebook.split_norms(layers, model)
         records = []
+        layers = self._layers(model)
         for layer in tqdm(layers, desc="Scoring layers", unit="layer", disable=self._no_bar):
             record = LayerRecord(layer, tuple(base[layer.weight].shape))
             record.is_head = any(
@@ -308,7 +331,8 @@ class SNRSelectiveMerge(BaseAlgorithm):
             raise UserError(
                 f"weighting names {', '.join(given)}; the experts are {', '.join(experts)}"
             )
-        if any(weight < 0 for weight in given.values()) or not sum(given.values()) > 0:
+        numbers = all(isinstance(w, Real) and 0 <= w < math.inf for w in given.values())
+        if not numbers or not sum(given.values()) > 0:
             raise UserError(f"weighting: {dict(given)} are no shares; give numbers of 0 or more")
         return scores.shares({name: float(given[name]) for name in experts})
 

@@ -15,7 +15,7 @@ SPEC = {
     "depth": 8,
     "num_classes": 10,
     "in_channels": 1,
-    "width": 0.25,
+    "width": 0.5,
 }
 
 
@@ -42,7 +42,7 @@ def test_every_kind_of_member_becomes_a_network(base, tmp_path) -> None:
         {
             "module": base,
             "mapping": SPEC,
-            "callable": lambda: CifarResNet(8, 10, in_channels=1, width=0.25),
+            "callable": lambda: CifarResNet(8, 10, in_channels=1, width=0.5),
             "safetensors": Checkpoint(tmp_path / "whole.safetensors"),
             "pickled": Checkpoint(tmp_path / "pickled.pt", SPEC),
             "mapping of a checkpoint": {

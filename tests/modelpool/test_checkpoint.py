@@ -15,7 +15,7 @@ SPEC = {
     "depth": 8,
     "num_classes": 10,
     "in_channels": 1,
-    "width": 0.25,
+    "width": 0.5,
 }
 
 

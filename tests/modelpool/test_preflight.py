@@ -49,7 +49,7 @@ def test_everything_wrong_is_told_in_one_error(base, tmp_path) -> None:
             {
                 "_pretrained_": base,
                 "wide": changed(base, **{dots[weight]: torch.zeros(5, 1, 3, 3)}),
-                "deep": CifarResNet(14, 10, in_channels=1, width=0.25),
+                "deep": CifarResNet(14, 10, in_channels=1, width=0.5),
                 "sick": changed(base, **{dots[mean]: torch.full_like(state[mean], torch.nan)}),
                 "lost": {
                     "_target_": "fusion.modelpool.Checkpoint",
@@ -60,15 +60,15 @@ def test_everything_wrong_is_told_in_one_error(base, tmp_path) -> None:
         )
     )
     assert (
-        f"expert 'wide': {weight} is (5, 1, 3, 3), the pretrained model has (4, 1, 3, 3)" in message
+        f"expert 'wide': {weight} is (5, 1, 3, 3), the pretrained model has (8, 1, 3, 3)" in message
     )
     assert "expert 'deep': has " in message
-    deep = CifarResNet(14, 10, in_channels=1, width=0.25).state_dict()
+    deep = CifarResNet(14, 10, in_channels=1, width=0.5).state_dict()
     assert all(
         key in message for key in deep.keys() - state.keys()
     )  # every one, not a few examples
     assert "a pool's members must share one architecture up to the head" in message
-    assert f"model 'sick': {mean} has 4 of 4 entries that are NaN or infinite" in message
+    assert f"model 'sick': {mean} has 8 of 8 entries that are NaN or infinite" in message
     assert "model 'lost': checkpoint" in message
     assert "'fine'" not in message
 
@@ -76,7 +76,7 @@ def test_everything_wrong_is_told_in_one_error(base, tmp_path) -> None:
 def test_float_widths_may_differ_and_kinds_may_not(base) -> None:
     BaseModelPool({"_pretrained_": base, "half": copy.deepcopy(base).bfloat16()}).preflight()
     weight = first(base, "weight")
-    whole = changed(base, **{weight.replace(".", "__"): torch.zeros(4, 1, 3, 3).int()})
+    whole = changed(base, **{weight.replace(".", "__"): torch.zeros(8, 1, 3, 3).int()})
     message = told(BaseModelPool({"_pretrained_": base, "whole": whole}))
     assert (
         f"expert 'whole': {weight} is torch.int32, the pretrained model has torch.float32"
@@ -85,15 +85,15 @@ def test_float_widths_may_differ_and_kinds_may_not(base) -> None:
 
 
 def test_without_a_base_the_first_model_is_the_measure(base) -> None:
-    message = told(BaseModelPool({"x": base, "y": CifarResNet(14, 10, in_channels=1, width=0.25)}))
+    message = told(BaseModelPool({"x": base, "y": CifarResNet(14, 10, in_channels=1, width=0.5)}))
     assert "expert 'y'" in message
     assert "unknown to 'x'" in message
 
 
 def test_a_network_that_is_built_sick_is_told_when_it_is_loaded(base) -> None:
     weight = first(base, "weight")
-    sick = changed(base, **{weight.replace(".", "__"): torch.full((4, 1, 3, 3), torch.inf)})
-    with pytest.raises(UserError, match=f"model 'x': {weight} has 36 of 36"):
+    sick = changed(base, **{weight.replace(".", "__"): torch.full((8, 1, 3, 3), torch.inf)})
+    with pytest.raises(UserError, match=f"model 'x': {weight} has 72 of 72"):
         BaseModelPool({"x": lambda: sick}).load_model("x")
 
 

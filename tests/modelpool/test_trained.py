@@ -17,7 +17,7 @@ from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool, TrainedModel
 from fusion.weights import load_safetensors, read_metadata
 
-NET = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.25}
+NET = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
 DIGITS = {"_target_": "fusion.data.digits", "split": "val"}
 
 
