@@ -158,9 +158,10 @@ class FusionProgram:
         if finetuning is not None:
             start = time.perf_counter()
             labels = algorithm.result_classes(pool)
+            images: Any = pool.calibration_dataset()
             finetuned = finetuning.run(
                 model,
-                pool.calibration_dataset(),
+                images,
                 merged=algorithm.selected_layers,
                 classes=labels,
                 fabric=fabric,

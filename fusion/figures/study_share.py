@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -86,11 +87,11 @@ def study_share(
         _scale(figure.axes[0], table["share"])
         for index in range(len(panels), rows * columns):
             grid[index // columns][index % columns].set_visible(False)
-        entries = {}
+        entries: dict[str, Artist] = {}
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=2)
+        figure.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -111,10 +112,10 @@ def _panel(axes: Axes, table: pd.DataFrame, column: str) -> None:
         _line(axes, usual[usual["interpolation"] == name], column, style, str(name).upper())
     _line(axes, table[table["series"] == "random"], column, RANDOM, "layers drawn at random")
     others = table[table["series"] == "other"].groupby("name", sort=False)
-    for place, (name, rows) in enumerate(others):
+    for place, (label, rows) in enumerate(others):
         style = styles[str(rows["interpolation"].iloc[0])]
         hollow = MemberStyle(style.color, _HOLLOW[place % len(_HOLLOW)], "")
-        _line(axes, rows, column, hollow, str(name), hollow=True)
+        _line(axes, rows, column, hollow, str(label), hollow=True)
 
 
 def _line(

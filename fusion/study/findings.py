@@ -62,7 +62,7 @@ def findings(strategies: pd.DataFrame) -> list[str]:
             f"{_percent(baseline['finetuned_accuracy'])} in {baseline['training_seconds']:.1f} s."
         )
     if merged["zero_shot_accuracy"].notna().any():
-        best = merged.loc[merged["zero_shot_accuracy"].idxmax()]
+        best = merged.iloc[int(merged["zero_shot_accuracy"].argmax())]
         sentence = (
             f"The best merge without any training is {best['name']}, at "
             f"{_percent(best['zero_shot_accuracy'])}"
@@ -83,7 +83,7 @@ def series(strategies: pd.DataFrame) -> pd.Series[str]:
     Usual are those that differ from each other in interpolation and share alone.
     """
     departing = departs(strategies)
-    others = [column for column in departing if column != "method.rank_by"]
+    others = [column for column in departing.columns if column != "method.rank_by"]
     names = pd.Series("other", index=strategies.index)
     names = names.mask(~departing.any(axis=1), "usual")
     if "method.rank_by" not in strategies:
@@ -116,7 +116,7 @@ def _against_chance(strategies: pd.DataFrame) -> list[str]:
 
 
 def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str:
-    best = rows.loc[rows["finetuned_accuracy"].idxmax()]
+    best = rows.iloc[int(rows["finetuned_accuracy"].argmax())]
     sentence = (
         f"With {_TRAINED.get(strategy, strategy)} trained, the best is {best['name']}, at "
         f"{_percent(best['finetuned_accuracy'])}"

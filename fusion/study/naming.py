@@ -40,7 +40,7 @@ def merge_names(table: pd.DataFrame) -> list[str]:
             continue
         words = [
             _PHRASES.get((option, row[column]), f"{_WORDS.get(option, option)} {row[column]}")
-            for column, option in ((c, c.partition(".")[2]) for c in departing)
+            for column, option in ((c, c.partition(".")[2]) for c in departing.columns)
             if departing[column].iloc[place]
         ]
         names.append(", ".join([_merge_name(row, alone=len(methods) == 1), *words]))
@@ -55,7 +55,7 @@ def departs(table: pd.DataFrame) -> pd.DataFrame:
     """
     columns = [
         column
-        for column in table
+        for column in table.columns
         if column.startswith("method.")
         and column not in _ALWAYS
         and column.partition(".")[2] != SEED
@@ -78,7 +78,7 @@ def finetuning_name(strategy: str) -> str:
 def fixed_options(table: pd.DataFrame, group: str) -> dict[str, Any]:
     """Return the options of ``group`` with one value in all rows that have any, seeds apart."""
     found = {}
-    for column in table:
+    for column in table.columns:
         of, _, option = column.partition(".")
         values = table[column].dropna().unique()
         if of == group and option not in ("", SEED) and len(values) == 1:

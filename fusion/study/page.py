@@ -78,8 +78,9 @@ def _setting(runs: Sequence[Run], strategies: pd.DataFrame) -> dict[str, str]:
     first = reports[0]
     environment = first.get("environment", {})
     task: Mapping[str, Any] = first.get("evaluation", {}).get("merged", {})
-    name, metrics = next(iter(task.items()), ("", {}))
-    measured = f"{name}, {metrics['images']:,} images" if "images" in metrics else name
+    name = next(iter(task), "")
+    images = task.get(name, {}).get("images")
+    measured = name if images is None else f"{name}, {images:,} images"
     setting = {
         "model pool": _several(report.get("choices", {}).get("modelpool") for report in reports),
         "models": ", ".join(first.get("models", [])),

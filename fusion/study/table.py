@@ -59,9 +59,9 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     rows = [_row(run, order) for order, run in enumerate(runs)]
     table = pd.DataFrame(rows)
     first = [*_ABOUT[:3], *_CHOICES]
-    options = [c for c in table if c.startswith(("method.", "finetune."))]
+    options = [c for c in table.columns if c.startswith(("method.", "finetune."))]
     figures = [*FIGURES, *_ABOUT[3:]]
-    rest = [c for c in table if c not in {*first, *options, *figures}]
+    rest = [c for c in table.columns if c not in {*first, *options, *figures}]
     return table.reindex(columns=[*first, *options, *figures, *rest])
 
 
@@ -69,7 +69,7 @@ def choice_columns(table: pd.DataFrame) -> list[str]:
     """Return the columns that say what was chosen, seeds apart."""
     return [
         column
-        for column in table
+        for column in table.columns
         if (column in _CHOICES or column.startswith(("method.", "finetune.")))
         and column.rpartition(".")[2] != SEED
     ]
