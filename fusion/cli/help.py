@@ -70,7 +70,8 @@ def _group_names(folders: Sequence[Path]) -> list[str]:
         for file in folder.rglob("*.yaml")
         if file.parent != folder
     }
-    order = ["method", "modelpool", "taskpool", "finetune", "merge", "experiment", "fabric", "path", "hydra"]
+    order = ["method", "modelpool", "taskpool", "finetune", "merge", "experiment"]
+    order += ["fabric", "path", "hydra"]
     place = {name: index for index, name in enumerate(order)}
     return sorted(found, key=lambda name: (place.get(name.split("/")[0], len(order)), name))
 

@@ -29,6 +29,7 @@ def report(
     seed: int = 0,
     seconds: float = 4.0,
     same_as: tuple[str, ...] = (),
+    merged: int = 2,
 ) -> dict[str, Any]:
     """Return a report; without ``method`` options the base as it is."""
     evaluation = {"merged": scores(zero_shot)}
@@ -47,7 +48,8 @@ def report(
     if method is not None:
         evaluation["the control"] = scores(0.9)
         algorithm = {
-            "selected_layers": ["a", "b"],
+            "selected_layers": ["a", "b"][:merged],
+            "batch_norm": "recalibrate",
             "candidate_layers": 20,
             "consistency": {"all layers": {"mean": 0.5}, "merged layers": {"mean": 1.0}},
         }

@@ -25,7 +25,7 @@ def test_markdown_has_a_row_a_strategy(study: Path) -> None:
     rows = [row.split(" | ") for row in text.strip().split("\n")]
     assert len(rows) == 2 + 6
     assert len({len(row) for row in rows}) == 1
-    assert rows[2][0] == "| base, not merged"
+    assert rows[2][0] == "| base, as it is"
 
 
 def test_what_nobody_measured_has_no_column(leave) -> None:

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from fusion.study import read_runs
 from fusion.study.naming import fixed_options, merge_names
-from fusion.study.table import run_table, strategy_table
+from fusion.study.table import is_baseline, run_table, strategy_table
 
 
 def test_names_say_what_varies_and_nothing_else(study: Path) -> None:
     assert merge_names(strategy_table(run_table(read_runs(study)))) == [
-        "base, not merged",
+        "base, as it is",
         "LERP 10 %",
         "LERP 100 %",
         "TIES 10 %",
-        "LERP 10 %, ranked by random",
+        "LERP 10 %, layers at random",
         "LERP 10 %, ranked by experts",
     ]
 
@@ -30,3 +30,10 @@ def test_fixed_options_are_those_of_one_value(leave) -> None:
     leave(job=0, method={"k": 3, "top_p": 0.1}, zero_shot=0.5)
     folder = leave(job=1, method={"k": 3, "top_p": 0.2}, zero_shot=0.5)
     assert fixed_options(run_table(read_runs(folder)), "method") == {"k": 3}
+
+
+def test_nothing_merged_is_the_base_with_its_batch_norm_treated(leave) -> None:
+    folder = leave(job=0, method={"interpolation": "lerp", "top_p": 0.0}, zero_shot=0.9, merged=0)
+    table = strategy_table(run_table(read_runs(folder)))
+    assert merge_names(table) == ["base, batch norm recalibrated"]
+    assert not is_baseline(table).any()
