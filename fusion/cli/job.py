@@ -71,7 +71,7 @@ def _run(config: DictConfig, folder: Path) -> None:
     elif sweep.already_finished(folder, text, overwrite=values["overwrite"]):
         log.info("Finished in an earlier sweep: %s", folder)
     else:
-        with sweep.failing_alone(folder):
+        with sweep.failing_alone(folder, job=HydraConfig.get().job.num):
             _run_program(values, folder, text)
 
 

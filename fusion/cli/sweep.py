@@ -45,7 +45,7 @@ def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
 
 
 @contextmanager
-def failing_alone(folder: Path) -> Iterator[None]:
+def failing_alone(folder: Path, *, job: int) -> Iterator[None]:
     """Keep what goes wrong in the block in ``error.json``, so that the other jobs go on."""
     (folder / ERROR).unlink(missing_ok=True)
     try:
@@ -53,6 +53,7 @@ def failing_alone(folder: Path) -> Iterator[None]:
     except Exception as error:
         mistake = isinstance(error, UserError)
         told = {
+            "job": job,
             "kind": type(error).__name__,
             "mistake": mistake,
             "message": str(error) or repr(error),

@@ -20,6 +20,7 @@ _WORDS = {"rank_by": "ranked by", "batch_norm": "batch norm", "weighting": "weig
 _PHRASES = {
     ("rank_by", "random"): "layers at random",
     ("weighting", "equal"): "equal weights",
+    ("align", False): "not aligned",
 }
 _TREATED = {"recalibrate": "recalibrated", "merge": "merged", "pretrained": "kept"}
 

@@ -17,7 +17,7 @@ from fusion.study.drawing import Drawing
 from fusion.study.findings import findings
 from fusion.study.markdown import Line, lines, shown_columns
 from fusion.study.naming import fixed_options
-from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run
+from fusion.study.runs import FINISHED, Run, troubles
 
 TITLE = "How many layers to merge, which, how – and what it saves"
 QUESTION = (
@@ -62,13 +62,12 @@ def page(
 
 def _trouble(runs: Sequence[Run]) -> str:
     """Return what failed or was cut off, so that nobody reads the rest as complete."""
-    found = [f"{run.name}: {run.error}" for run in runs if run.status == FAILED]
-    found += [f"{run.name}: not finished" for run in runs if run.status == UNFINISHED]
-    if not found:
+    missing = sum(run.status != FINISHED for run in runs)
+    if not missing:
         return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    items = "".join(f"<li>{escape(text)}</li>" for text in troubles(runs))
     return (
-        f'<div class="failed"><p>{len(found)} of {len(runs)} runs are missing below:</p>'
+        f'<div class="failed"><p>Missing below, of {len(runs)} runs: {missing}.</p>'
         f"<ul>{items}</ul></div>"
     )
 

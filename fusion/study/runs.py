@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fusion.errors import UserError
 from fusion.run_folder import CONFIG, ERROR, REPORT
 
+_NAMED = 3  # runs that failed of one reason and are named
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 
 
@@ -22,18 +24,14 @@ class Run:
         status: ``finished``, ``failed`` or ``unfinished``.
         report: its report; empty unless finished.
         error: why it failed, in a sentence.
+        job: its number in the sweep, where it is known.
     """
 
     name: str
     status: str
     report: dict[str, Any]
     error: str = ""
-
-    @property
-    def order(self) -> tuple[int, str]:
-        """Where it stands among its siblings: by job number, then by name."""
-        number = self.report.get("choices", {}).get("job")
-        return (number if isinstance(number, int) else 0, self.name)
+    job: int | None = None
 
 
 def read_runs(folder: str | Path) -> list[Run]:
@@ -49,15 +47,30 @@ def read_runs(folder: str | Path) -> list[Run]:
     runs = [_read(place, str(place.relative_to(folder))) for place in places]
     if not runs:
         raise UserError(f"there is no run in '{folder}' (no {REPORT}); give the folder of a sweep")
-    return sorted(runs, key=lambda run: run.order)
+    return sorted(runs, key=lambda run: (run.job is None, run.job or 0, run.name))
+
+
+def troubles(runs: Sequence[Run]) -> list[str]:
+    """Return what failed or was cut off, a sentence for all that failed of one reason."""
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        if run.status != FINISHED:
+            reasons.setdefault(run.error or "not finished", []).append(run.name)
+    found = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        found.append(f"{', '.join(names[:_NAMED])}{more}: {reason}")
+    return found
 
 
 def _read(place: Path, name: str) -> Run:
     if (place / REPORT).is_file():
-        return Run(name, FINISHED, _json(place / REPORT))
+        report = _json(place / REPORT)
+        return Run(name, FINISHED, report, job=report.get("choices", {}).get("job"))
     if (place / ERROR).is_file():
         error = _json(place / ERROR)
-        return Run(name, FAILED, {}, f"{error.get('kind', '')}: {error.get('message', '')}")
+        told = f"{error.get('kind', '')}: {error.get('message', '')}"
+        return Run(name, FAILED, {}, told, job=error.get("job"))
     return Run(name, UNFINISHED, {})
 
 

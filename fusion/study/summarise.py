@@ -13,7 +13,7 @@ from fusion.run_folder import COMMAND
 from fusion.study.drawing import drawings
 from fusion.study.markdown import markdown_table
 from fusion.study.page import page
-from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run, read_runs
+from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run, read_runs, troubles
 from fusion.study.table import run_table, strategy_table
 
 TABLE, PAGE, MARKDOWN = "study.csv", "index.html", "study.md"
@@ -67,8 +67,7 @@ def summarise(folder: str | Path) -> Summary:
         told = page(runs, strategies, drawn, command=_command(folder, runs))
         write_text(folder / PAGE, told)
         files.append(folder / PAGE)
-    text += [f"failed: {run.name}: {run.error}" for run in runs if run.status == FAILED]
-    text += [f"unfinished: {name}" for name in unfinished]
+    text += [f"missing: {trouble}" for trouble in troubles(runs)]
     outside = [file.name for file in files if file.parent == folder]
     drawn_in = f" and the figures in {FIGURES}/" if finished else ""
     text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fusion.errors import UserError
-from fusion.study import read_runs
+from fusion.study.runs import Run, read_runs, troubles
 
 
 def test_runs_stand_in_the_order_of_their_jobs(leave) -> None:
@@ -39,3 +39,9 @@ def test_a_broken_report_is_named(study: Path) -> None:
     (study / "3" / "report.json").write_text('{"fusion":')
     with pytest.raises(UserError, match=r"3/report.json' is no JSON"):
         read_runs(study)
+
+
+def test_one_reason_is_told_once() -> None:
+    failed = [Run(str(job), "failed", {}, "UserError: no", job) for job in range(5)]
+    cut = Run("9", "unfinished", {})
+    assert troubles([*failed, cut]) == ["0, 1, 2 and 2 more: UserError: no", "9: not finished"]

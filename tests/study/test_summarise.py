@@ -42,7 +42,7 @@ def test_the_page_needs_no_network_and_its_figures_are_whole(summary: Summary) -
 
 def test_what_is_missing_is_said(summary: Summary) -> None:
     assert summary.failed == ("9",)
-    assert "failed: 9: UserError: lr: <too high>" in summary.text
+    assert "missing: 9: UserError: lr: <too high>" in summary.text
     assert "lr: &lt;too high&gt;" in page(summary)
 
 
