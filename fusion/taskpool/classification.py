@@ -48,6 +48,7 @@ class ClassificationTaskPool(BaseTaskPool):
         if batch_size < 1:
             raise UserError(f"taskpool.batch_size must be at least 1, not {batch_size}")
         self._tasks = dict(tasks)
+        self._labels: dict[str, tuple[int, ...]] = {}
         self.batch_size = batch_size
         self.evaluate_members = evaluate_members
         self.fast_dev_run = fast_dev_run
@@ -116,7 +117,7 @@ class ClassificationTaskPool(BaseTaskPool):
                     raise UserError(
                         f"the model has {outputs} outputs, its classes are given as {list(known)}"
                     )
-                labels = labels or tuple(range(_largest_label(dataset, targets) + 1))
+                labels = labels or self._counted_labels(task, dataset)
                 if not set(labels) <= set(known):
                     return None
                 rows = torch.tensor([known.index(label) for label in labels], device=device)
@@ -144,6 +145,18 @@ class ClassificationTaskPool(BaseTaskPool):
         names = getattr(dataset, "class_names", None) or [str(label) for label in labels]
         result["class_accuracy"] = dict(zip(names, per_class, strict=True))
         return result
+
+    def _counted_labels(self, task: str, dataset: Any) -> tuple[int, ...]:
+        """Return 0, 1, … up to the largest label of a data set, looked up once."""
+        if task not in self._labels:
+            names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+            largest = (
+                len(names) - 1
+                if names
+                else max(int(dataset[index][1]) for index in range(len(dataset)))
+            )
+            self._labels[task] = tuple(range(largest + 1))
+        return self._labels[task]
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         rank = 0 if self.fabric is None else self.fabric.global_rank
@@ -176,9 +189,3 @@ class ClassificationTaskPool(BaseTaskPool):
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-def _largest_label(dataset: Any, targets: Tensor) -> int:
-    """Return the largest label of a data set that does not name its classes."""
-    names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-    return len(names) - 1 if names else int(targets.max())
