@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from fusion.figures.study_style import finetuning_order, finetuning_style
 from fusion.figures.style import house_style, new_figure
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _WIDTH = 4.6  # inches
 _BAR = 0.115  # inches: the height of a bar that a number of six points fits beside
 _GAP = 0.07  # inches between two merges
+_ROOM = 0.16  # of the axis: what a number takes
 _FRAME = 1.0  # inches: legend and axis
 _VALUE_SIZE = 6  # points
 
@@ -49,89 +49,85 @@ def study_bars(
     Raises:
         ValueError: no row has a number.
     """
-    table = table[table[column].notna()]
-    if table.empty:
+    errors = f"{column}_error"
+    bars = pd.DataFrame(
+        {
+            "name": table["name"],
+            "strategy": table["strategy"],
+            "value": table[column] * scale,
+            "error": table[errors] * scale if errors in table else np.nan,
+        }
+    ).dropna(subset="value")
+    if bars.empty:
         raise ValueError(f"no row of the table has a number in '{column}'")
-    names = list(dict.fromkeys(table["name"]))
-    strategies = finetuning_order(table["strategy"])
+    line = None if baseline is None else baseline * scale
+    names = list(dict.fromkeys(bars["name"]))
+    strategies = finetuning_order(bars["strategy"])
     pitch = _BAR * len(strategies) + _GAP  # inches from merge to merge
+    bars["at"] = [
+        names.index(name) + (strategies.index(strategy) - (len(strategies) - 1) / 2) * _BAR / pitch
+        for name, strategy in zip(bars["name"], bars["strategy"], strict=True)
+    ]
     with house_style():
         figure = new_figure(width=_WIDTH, height=pitch * len(names) + _FRAME)
         axes = figure.add_subplot()
         axes.grid(visible=False, axis="y")
-        for place, strategy in enumerate(strategies):
-            _draw(axes, table, names, column, strategy, place, len(strategies), scale, digits)
+        for strategy in strategies:
+            rows = bars[bars["strategy"] == strategy]
+            axes.barh(
+                rows["at"],
+                rows["value"],
+                height=_BAR / pitch,
+                color=finetuning_style(strategy)[0],
+                edgecolor="black",
+                linewidth=0.3,
+                xerr=rows["error"].fillna(0) if rows["error"].notna().any() else None,
+                error_kw={"elinewidth": 0.7, "ecolor": "#7f7f7f"},
+                zorder=2,
+            )
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(label)
-        _room_for_values(axes, table[column].to_numpy(dtype=float) * scale)
-        handles: list[Patch] = [
+        _make_room(axes, bars["value"])
+        _write_values(axes, bars, line, digits)
+        handles: list[Patch | Line2D] = [
             Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=words)
             for color, words in map(finetuning_style, strategies)
         ]
-        lines = []
-        if baseline is not None:
-            lines = [
-                axes.axvline(
-                    baseline * scale,
-                    color="black",
-                    linestyle="--",
-                    linewidth=0.9,
-                    zorder=3,
-                    label="baseline: base, everything trained",
-                )
-            ]
-        figure.legend(handles=[*handles, *lines], loc="outside upper center", ncols=2)
+        if line is not None:
+            name = "baseline: base, everything trained"
+            style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 0.9}
+            handles.append(axes.axvline(line, zorder=3, label=name, **style))
+        figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 
-def _draw(
-    axes: Axes,
-    table: pd.DataFrame,
-    names: list[str],
-    column: str,
-    strategy: str,
-    place: int,
-    places: int,
-    scale: float,
-    digits: int,
-) -> None:
-    height = _BAR / (_BAR * places + _GAP)
-    for _, row in table[table["strategy"] == strategy].iterrows():
-        value = float(row[column]) * scale
-        error = float(row.get(f"{column}_error", np.nan)) * scale
-        at = names.index(row["name"]) + (place - (places - 1) / 2) * height
-        axes.barh(
-            at,
-            value,
-            height=height,
-            color=finetuning_style(strategy)[0],
-            edgecolor="black",
-            linewidth=0.3,
-            xerr=None if np.isnan(error) else error,
-            error_kw={"elinewidth": 0.7, "ecolor": "#7f7f7f", "capsize": 1},
-            zorder=2,
-        )
-        text = f"{round(value, digits) + 0.0:.{digits}f}" + (
-            "" if np.isnan(error) else f" ± {error:.{digits}f}"
-        )
-        edge = value + (np.sign(value) or 1) * (0 if np.isnan(error) else error)
+def _make_room(axes: Axes, values: pd.Series[float]) -> None:
+    """Leave space for the numbers beside the bars."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    room = _ROOM * ((high - low) or 1.0)
+    axes.set_xlim(low - room if low < 0 else 0, high + room)
+    if low < 0:
+        axes.axvline(0, color="black", linewidth=0.6, zorder=3)
+
+
+def _write_values(axes: Axes, bars: pd.DataFrame, line: float | None, digits: int) -> None:
+    low, high = axes.get_xlim()
+    for value, error, at in zip(bars["value"], bars["error"], bars["at"], strict=True):
+        text = f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+        end = value
+        if not np.isnan(error):
+            text += f" ± {error:.{digits}f}"
+            end += error if value >= 0 else -error
+        if line is not None and 0 <= line - end < _ROOM * (high - low):
+            end = line  # not across the baseline
         axes.annotate(
             text,
-            (edge, at),
+            (end, at),
             xytext=(2 if value >= 0 else -2, 0),
             textcoords="offset points",
             ha="left" if value >= 0 else "right",
             va="center",
             fontsize=_VALUE_SIZE,
             zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
         )
-
-
-def _room_for_values(axes: Axes, values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> None:
-    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    span = (high - low) or 1.0
-    axes.set_xlim(low - (0.2 * span if low < 0 else 0), high + 0.2 * span if high > 0 else 0.05)
-    if low < 0:
-        axes.axvline(0, color="black", linewidth=0.6, zorder=3)

@@ -107,7 +107,7 @@ def _against_chance(strategies: pd.DataFrame) -> list[str]:
     for column, when in (("zero_shot_accuracy", "before"), ("finetuned_accuracy", "after")):
         difference = (ranked[column] - ranked[f"{column}_random"]).mean()
         if not math.isnan(difference):
-            changes.append(f"{100 * difference:+.1f} points {when} fine-tuning")
+            changes.append(f"{_points(difference)} {when} fine-tuning")
     by = ranked["method.rank_by"].iloc[0]
     return [
         f"Choosing layers by their rank ({by}) instead of as many at random is worth "
@@ -125,7 +125,7 @@ def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str
         return f"{sentence}."
     reached = int((rows["accuracy_change"] >= 0).sum())
     sentence += (
-        f": {100 * best['accuracy_change']:+.1f} points against the baseline, "
+        f": {_points(best['accuracy_change'])} against the baseline, "
         f"{_saving(best['time_saving'], 'time')}"
     )
     if not math.isnan(float(best["memory_saving"])):
@@ -135,6 +135,10 @@ def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str
 
 def _saving(share: float, what: str) -> str:
     return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'} {what}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points".replace("-", "−")
 
 
 def _percent(share: float) -> str:

@@ -60,7 +60,7 @@ def test_a_loss_is_drawn_to_the_left(table: pd.DataFrame) -> None:
     axes = study_bars(changes, "change", label="points", scale=100).axes[0]
     low, high = axes.get_xlim()
     assert low < -5 < 1 < high
-    assert "-0.0" not in [text.get_text() for text in axes.texts]
+    assert "−0.0" not in [text.get_text() for text in axes.texts]
 
 
 def test_lines_join_what_differs_in_share_alone(table: pd.DataFrame) -> None:

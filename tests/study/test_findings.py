@@ -26,7 +26,7 @@ def test_findings_are_the_numbers_of_the_table(study: Path) -> None:
     assert "50 % less time and 50 % less memory" in text
     assert "1 of 5 merges reach the baseline so" in text
     # LERP 10 % against as many layers at random: 92.0 - 91.0 and 94.0 - 94.5.
-    assert "is worth +1.0 points before fine-tuning and -0.5 points after" in text
+    assert "is worth +1.0 points before fine-tuning and −0.5 points after" in text
 
 
 def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
