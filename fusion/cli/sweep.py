@@ -8,7 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,13 @@ class Summarise(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Summarise the sweep's folder; leave with an error if a job failed."""
         del kwargs
-        if config.dry_run:
-            return
-        summarise_and_tell(Path(config.hydra.sweep.dir))
+        folder = Path(config.hydra.sweep.dir)
+        if not config.dry_run:
+            summarise_and_tell(folder)
+        elif not list(folder.rglob(REPORT)):  # Hydra's own note is all there is
+            (folder / "multirun.yaml").unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def summarise_and_tell(folder: Path) -> None:

@@ -110,8 +110,7 @@ def test_a_mistake_in_one_job_is_a_mistake(
 
 def test_a_dry_sweep_leaves_nothing(sweep: Sweep, tmp_path: Path) -> None:
     assert sweep("merge=base,lerp_10", "dry_run=true") == 0
-    assert not list(tmp_path.glob("out/*/*"))
-    assert not (tmp_path / "out" / "study.csv").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_same_configuration_counts_as_finished(tmp_path: Path) -> None:
