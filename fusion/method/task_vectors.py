@@ -23,7 +23,7 @@ from fusion.weights.task_vectors import TaskVectorSums, sample_task_vectors, sum
 
 log = logging.getLogger(__name__)
 
-_TOLD = 8  # names in a line of the log; the report has all of them
+_TOLD = 4  # names in a line of the log; the report has all of them
 
 
 @dataclass(frozen=True)

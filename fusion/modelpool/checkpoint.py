@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
-from fusion.modelpool.member import Architecture, Member, build_architecture, on_meta
+from fusion.modelpool.member import (
+    Architecture,
+    Member,
+    WithoutRandomValues,
+    build_architecture,
+    on_meta,
+)
 from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, read_metadata
 
 if TYPE_CHECKING:
@@ -74,7 +80,10 @@ class Checkpoint(Member):
         Raises:
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
-        model = build_architecture(self._known_architecture())
+        with WithoutRandomValues():
+            model = build_architecture(self._known_architecture())
+        if _fill(model, self.stored()):
+            return model
         try:
             model.load_state_dict(self._read())
         except RuntimeError as error:
@@ -161,3 +170,15 @@ class Checkpoint(Member):
                 f"{entries or type(content).__name__}); name the entry that is with 'key'"
             )
         return dict(content)
+
+
+def _fill(model: nn.Module, source: TensorSource | None) -> bool:
+    """Fill ``model`` tensor by tensor, so that the weights lie in memory once; False if unfit."""
+    state = model.state_dict()
+    if source is None or state.keys() != set(source):
+        return False
+    if any(source.info(key).shape != tensor.shape for key, tensor in state.items()):
+        return False
+    for key, tensor in state.items():
+        tensor.copy_(source[key])
+    return True

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fusion.errors import UserError
 from fusion.modelpool.fingerprint import digest_tensors
@@ -17,6 +18,18 @@ from fusion.weights import ModuleSource, TensorSource
 
 if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
+
+# What fills a tensor with random numbers. Those of torch.nn.init that are not here come down to one
+# of the tensor's own methods.
+_RANDOM = (
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.trunc_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.kaiming_normal_,
+    Tensor.uniform_,
+    Tensor.normal_,
+)
 
 Architecture = nn.Module | Mapping[str, Any] | Callable[[], nn.Module]
 
@@ -159,8 +172,26 @@ def on_meta(architecture: Architecture) -> nn.Module:
         # torchvision's constructors would fetch and load real weights into a bare structure.
         architecture = {**architecture, "weights": None}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutRandomValues():
             return build_architecture(architecture)
     except (NotImplementedError, RuntimeError):
         # Some constructors compute on their fresh weights, which the meta device cannot do.
         return ModuleMember(build_architecture(architecture)).architecture()
+
+
+class WithoutRandomValues(TorchFunctionMode):
+    """Leave out the random initialisation of parameters, and of all tensors on the meta device.
+
+    Parameters that a state dict is about to fill need none. On the meta device torch takes a detour
+    for it that imports its compiler: two seconds, and a hundred megabytes.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta or isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)

@@ -8,6 +8,7 @@ core.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def sum_task_vectors(
 ) -> TaskVectorSums:
     """Sum up the task vectors of ``experts`` over the tensors ``names``.
 
-    On the CPU the blocks are shared out among threads, one for each of torch's intra-op threads.
+    On the CPU the blocks are shared out among threads, one for each core.
 
     Args:
         base: the weights that the task vectors start from.
@@ -219,12 +220,19 @@ def _threads(device: torch.device) -> Iterator[Callable[..., Iterable[TaskVector
     A thread for each block beats torch's own threads inside of each operation: the operations are
     as small as the cache, and reading overlaps with computing. Meanwhile torch's own are one.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
+    if device.type != "cpu":
         yield map
         return
+    inside = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.map
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(inside)
+
+
+def _cores() -> int:
+    """Return how many logical cores this process may use: reading gains from all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

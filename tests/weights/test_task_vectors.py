@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fusion.weights import ModuleSource, SafetensorsSource, save_safetensors
+from fusion.weights import ModuleSource, SafetensorsSource, save_safetensors, task_vectors
 from fusion.weights.task_vectors import READ, SLICE, sample_task_vectors, sum_task_vectors
 
 
@@ -103,12 +103,13 @@ def test_parts_that_are_computed_apart_add_up_bit_for_bit(pool):
         assert torch.equal(first + second, getattr(whole, field.name))
 
 
-def test_the_number_of_threads_changes_nothing_and_comes_back(pool):
+def test_the_number_of_threads_changes_nothing_and_torchs_own_come_back(pool, monkeypatch):
     base, experts, names = sources(pool)
     threads = torch.get_num_threads()
     results = []
     try:
         for number in (1, 2, 3):
+            monkeypatch.setattr(task_vectors, "_cores", lambda number=number: number)
             torch.set_num_threads(number)
             results.append(sum_task_vectors(base, experts, names))
             assert torch.get_num_threads() == number
