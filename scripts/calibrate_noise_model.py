@@ -19,13 +19,12 @@ from fusion.spectrum.noise_model import SigmaRule, ThresholdRule, estimate_sigma
 from fusion.spectrum.svd import singular_values
 
 SHAPES = (
-    [(3, 27), (4, 64), (9, 64), (9, 256), (10, 10), (10, 64)]
-    + [(16, 16), (16, 27), (16, 144), (32, 32), (32, 288), (64, 64), (64, 576)]
-    + [(128, 128), (128, 1152), (256, 2304), (512, 512), (512, 4608)]
+    *((3, 27), (4, 64), (9, 64), (9, 256), (10, 10), (10, 64)),
+    *((16, 16), (16, 27), (16, 144), (32, 32), (32, 288), (64, 64), (64, 576)),
+    *((128, 128), (128, 1152), (256, 2304), (512, 512), (512, 4608)),
 )
-FULL_DRAWS_UP_TO = (
-    16 * 16 * 144
-)  # cost of one decomposition, a·a·b; beyond it draws shrink as 1/√cost
+# Cost a·a·b of one decomposition up to which all draws are made; beyond, they shrink as 1/√cost.
+FULL_DRAWS_UP_TO = 16 * 16 * 144
 
 
 def main() -> None:

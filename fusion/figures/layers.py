@@ -1,4 +1,4 @@
-"""Signal-to-noise ratio of every layer in the order of the forward pass, the selected ones marked."""
+"""The signal-to-noise ratio of every layer in forward order, the selected layers marked."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def layer_snr_figure(table: pd.DataFrame) -> Figure:
     """
     missing = [name for name in ("layer", "position", "selected", "rank") if name not in table]
     columns = [str(name) for name in table.columns if str(name).startswith(SNR_PREFIX)]
-    if missing or not columns:
-        raise ValueError(f"the table lacks {', '.join([*missing, *([] if columns else ['snr/…'])])}")
+    if not columns:
+        missing.append(f"{SNR_PREFIX}…")
+    if missing:
+        raise ValueError(f"the table lacks {', '.join(missing)}")
     if table.empty:
         raise ValueError("the table has no layer")
     table = table.sort_values("position")

@@ -1,4 +1,4 @@
-"""What the singular values of a matrix say about its noise: its size, and the edge where it ends."""
+"""What singular values say about the noise in a matrix: its size, and the edge where it ends."""
 
 from __future__ import annotations
 
