@@ -87,10 +87,10 @@ def _group(folders: Sequence[Path], name: str) -> str:
 
 
 def _description(file: Path) -> str:
-    """Return the comment that the file begins with, up to its first sentence's line."""
+    """Return the comment that the file begins with; Hydra's own header may stand before it."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    told = [line for line in lines[:2] if line.startswith("#") and "@package" not in line]
-    return told[0].lstrip("# ").rstrip() if told else ""
+    first = next((line for line in lines if not line.startswith("# @package")), "")
+    return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
 
 def _keys(file: Path) -> str:

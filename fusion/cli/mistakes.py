@@ -123,9 +123,12 @@ def _known_keys(arguments: Sequence[str], wrong: str, config_dir: Path) -> list[
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    overrides = without_null(get_args_parser().parse_args(list(arguments)).overrides)
+    given = get_args_parser().parse_args(list(arguments))
+    overrides = without_null(given.overrides)
     rest = [o for o in overrides if re.split(r"[=@]", o.lstrip("+~"))[0] != wrong and "," not in o]
     groups = [str(p.relative_to(config_dir)) for p in config_dir.rglob("*") if p.is_dir()]
+    if given.config_dir:
+        rest.append(f"hydra.searchpath=[file://{Path(given.config_dir).absolute()}]")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
