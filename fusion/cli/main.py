@@ -79,7 +79,7 @@ def _hydra(arguments: list[str]) -> None:
             raise
         raise UserError(mistakes.explain(error, arguments, config_dir())) from error
     except OSError as error:
-        if not mistakes.is_configuration_error(error):
+        if not mistakes.is_from_making_a_folder(error):
             raise
         raise UserError(
             f"output_path: cannot make the run folder '{error.filename}' ({error.strerror}); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,12 +66,16 @@ def without_null(arguments: Sequence[str]) -> list[str]:
 
 def is_configuration_error(error: BaseException) -> bool:
     """Return whether it was raised while Hydra read the configuration, not by a job's own code."""
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_globals.get("__name__") == "fusion.program":
-            return False
-        frame = frame.tb_next
-    return True
+    return all(
+        frame.f_globals.get("__name__") != "fusion.program"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def is_from_making_a_folder(error: BaseException) -> bool:
+    """Return whether it was raised while Hydra made a run's folder."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code.co_name == "mkdir" and is_configuration_error(error)
 
 
 def explain(error: Exception, arguments: Sequence[str], config_dir: Path) -> str:

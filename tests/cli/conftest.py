@@ -48,6 +48,12 @@ def run_command(
     )
 
 
+@pytest.fixture(scope="session")
+def command_in() -> Callable[..., Answer]:
+    """The command in a process of its own and a folder that is given as ``cwd``."""
+    return run_command
+
+
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., Answer]:
     """The command in a process of its own and an empty folder."""

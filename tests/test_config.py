@@ -1,0 +1,136 @@
+"""Every YAML that is shipped is composed and bound to the signatures of what it names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
+from fusion.cli.job import register_resolvers
+from fusion.cli.main import config_dir
+from fusion.target import check_options, is_target, locate
+
+CHOICES = sorted(
+    f"{file.parent.relative_to(config_dir())}={file.stem}"
+    for file in config_dir().rglob("*.yaml")
+    if file.parent != config_dir()
+)
+MIRRORED = [choice for choice in CHOICES if choice.startswith(("method=", "finetune="))]
+WORDS = ("_target_", "_recursive_", "_args_", "_partial_")
+
+
+@pytest.fixture
+def composed() -> Iterator[Any]:
+    """Compose the primary configuration with some choices, and resolve it."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+
+    def make(*overrides: str) -> dict[str, Any]:
+        given = [] if any(o.startswith("modelpool=") for o in overrides) else ["modelpool=digits"]
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = compose(
+                "fusion_bench", overrides=[*given, *overrides], return_hydra_config=True
+            )
+        with open_dict(config):
+            config.hydra.runtime.output_dir = "folder"
+        HydraConfig.instance().set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        assert isinstance(values, dict)
+        return values
+
+    yield make
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+def targets(node: object) -> Iterator[Mapping[str, Any]]:
+    if is_target(node):
+        yield node
+    children = (
+        node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    )
+    for child in children:
+        yield from targets(child)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_option_binds_to_its_targets_signature(composed, choice) -> None:
+    values = composed(choice)
+    found = [spec for spec in targets(values) if spec["_target_"] != "???"]
+    assert found
+    for spec in found:
+        path = spec["_target_"]
+        options = {key: value for key, value in spec.items() if key not in WORDS}
+        check_options(locate(path), path, spec.get("_args_", ()), options)
+
+
+def raw(choice: str) -> dict[str, Any]:
+    group, _, name = choice.partition("=")
+    values = OmegaConf.to_container(OmegaConf.load(Path(config_dir()) / group / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    return values
+
+
+@pytest.mark.parametrize("choice", MIRRORED)
+def test_the_yaml_mirrors_the_signature_line_by_line(choice) -> None:
+    values = raw(choice)
+    if values.get("_target_", "???") == "???":
+        return
+    parameters = inspect.signature(locate(values["_target_"])).parameters
+    written = {key: value for key, value in values.items() if key not in WORDS}
+    assert [name for name in parameters if name in written] == list(written)
+    if choice.startswith("method="):
+        assert list(parameters) == list(written)
+    for name, value in written.items():
+        default = parameters[name].default
+        if not isinstance(value, str | dict | list) or "${" not in str(value):
+            shipped = tuple(value) if isinstance(default, tuple) else value
+            assert choice.startswith("finetune=") or shipped == default, name
+
+
+@pytest.mark.parametrize("choice", [c for c in MIRRORED if c.startswith("method=")])
+def test_every_option_is_explained_beside_it(choice) -> None:
+    group, _, name = choice.partition("=")
+    text = (Path(config_dir()) / group / f"{name}.yaml").read_text(encoding="utf-8")
+    for key in raw(choice):
+        if key not in WORDS and key != "defaults":
+            (line,) = [line for line in text.splitlines() if line.startswith(f"{key}:")]
+            assert " # " in line, line
+
+
+def test_the_defaults_are_to_evaluate_the_base(composed) -> None:
+    values = composed()
+    assert values["method"]["_target_"] == "fusion.method.DummyAlgorithm"
+    assert values.get("taskpool") is None
+    assert values["seed"] == 0
+    assert not values["fast_dev_run"]
+    assert not values["overwrite"]
+
+
+def test_a_key_of_the_run_reaches_everything_below_it(composed) -> None:
+    values = composed("fast_dev_run=true", "seed=7", "path.cache_dir=/c", "taskpool=digits")
+    members = values["modelpool"]["models"].values()
+    assert {member["fast_dev_run"] for member in members} == {True}
+    assert {member["seed"] for member in members} == {7}
+    assert {member["cache_dir"] for member in members} == {"/c"}
+    assert values["taskpool"]["fast_dev_run"]
+
+
+def test_places_are_taken_from_the_environment(composed, monkeypatch) -> None:
+    monkeypatch.delenv("FUSION_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("FUSION_DATA", "/d")
+    paths = composed()["path"]
+    assert paths["cache_dir"] == "/x/fusion"
+    assert paths["data_dir"] == "/d"
+    monkeypatch.setenv("FUSION_CACHE", "/mine")
+    assert composed()["path"]["cache_dir"] == "/mine"
