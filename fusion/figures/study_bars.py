@@ -91,7 +91,7 @@ def study_bars(
         _make_room(axes, bars["value"])
         _write_values(axes, bars, line, digits)
         handles: list[Patch | Line2D] = [
-            Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=words)
+            Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=f"{words} trained")
             for color, words in map(finetuning_style, strategies)
         ]
         if line is not None:

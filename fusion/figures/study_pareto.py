@@ -90,7 +90,7 @@ def study_pareto(table: pd.DataFrame) -> Figure:
                 ha="right",
             )
         named_best = [
-            f"{place + 1}  {row['name']}; {finetuning_style(str(row['strategy']))[1]}"
+            f"{place + 1}  {row['name']}; {finetuning_style(str(row['strategy']))[1]} trained"
             for place, (_, row) in enumerate(best.iterrows())
         ]
         # Slow and inaccurate: where nobody is.
@@ -101,7 +101,7 @@ def study_pareto(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("time of fine-tuning (s)")
         axes.set_ylabel("accuracy after fine-tuning (%)")
         handles: list[Line2D | Patch] = [
-            Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=words)
+            Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=f"{words} trained")
             for color, words in map(finetuning_style, finetuning_order(table["strategy"]))
         ]
         shapes = {"base": BASE.marker} if table["interpolation"].isna().any() else {}

@@ -53,7 +53,7 @@ def study_share(
         if table.loc[table["strategy"] == s, "finetuned_accuracy"].notna().any()
     ]
     panels = [("zero_shot_accuracy", "", "zero-shot")]
-    panels += [("finetuned_accuracy", s, finetuning_style(s)[1]) for s in tuned]
+    panels += [("finetuned_accuracy", s, f"{finetuning_style(s)[1]} trained") for s in tuned]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with house_style():

@@ -15,12 +15,12 @@ BASE = MemberStyle("#000000", "o", "-")
 RANDOM = MemberStyle("#7f7f7f", "x", ":")
 FRONT = "#7f7f7f"
 
-# strategy of fine-tuning → (colour, words)
+# strategy of fine-tuning → (colour, what is trained)
 FINETUNINGS = {
-    "none": ("#f0f0f0", "not fine-tuned"),
-    "head": ("#a6cee3", "head trained"),
-    "selective": ("#4292c6", "merged layers and head trained"),
-    "full": ("#08306b", "everything trained"),
+    "none": ("#f0f0f0", "nothing"),
+    "head": ("#a6cee3", "the head"),
+    "selective": ("#4292c6", "merged layers and the head"),
+    "full": ("#08306b", "everything"),
 }
 _INTERPOLATIONS = {
     "lerp": MemberStyle("#D55E00", "^", "-"),
@@ -43,7 +43,7 @@ def interpolation_styles(names: Iterable[str]) -> dict[str, MemberStyle]:
 
 
 def finetuning_style(strategy: str) -> tuple[str, str]:
-    """Return the colour and the words of a strategy of fine-tuning."""
+    """Return the colour of a strategy of fine-tuning, and what is trained, in words."""
     return FINETUNINGS.get(strategy, ("#bdbdbd", strategy))
 
 

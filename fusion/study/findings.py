@@ -6,14 +6,9 @@ import math
 
 import pandas as pd
 
+from fusion.figures.study_style import finetuning_style
 from fusion.study.naming import departs, merge_names
 from fusion.study.table import NO_FINETUNING, is_base, is_baseline
-
-_TRAINED = {
-    "head": "the head",
-    "selective": "the merged layers and the head",
-    "full": "everything",
-}
 
 
 def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
@@ -118,7 +113,7 @@ def _against_chance(strategies: pd.DataFrame) -> list[str]:
 def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str:
     best = rows.iloc[int(rows["finetuned_accuracy"].argmax())]
     sentence = (
-        f"With {_TRAINED.get(strategy, strategy)} trained, the best is {best['name']}, at "
+        f"With {finetuning_style(strategy)[1]} trained, the best is {best['name']}, at "
         f"{_percent(best['finetuned_accuracy'])}"
     )
     if not has_baseline:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from fusion.study.naming import finetuning_name, merge_names
+from fusion.figures.study_style import finetuning_style
+from fusion.study.naming import merge_names
 from fusion.study.table import NO_FINETUNING, is_baseline
 
 MEBIBYTE = 2**20
@@ -92,11 +93,11 @@ def lines(strategies: pd.DataFrame) -> list[Line]:
     found = []
     for position, (_, row) in enumerate(strategies.iterrows()):
         base = bool(baseline.iloc[position])
-        same = [finetuning_name(s) for s in str(row["same_as"] or "").split()]
+        same = [finetuning_style(s)[1] for s in str(row["same_as"] or "").split()]
         notes = (["baseline"] if base else []) + [f"same as {s}" for s in same]
         cells = tuple(_cell(row, column, best[column.figure]) for column in columns)
         strategy = str(row["strategy"])
-        trained = "" if strategy == NO_FINETUNING else finetuning_name(strategy)
+        trained = "" if strategy == NO_FINETUNING else finetuning_style(strategy)[1]
         found.append(Line(names[position], trained, "; ".join(notes), cells, base))
     return sorted(found, key=lambda line: not line.baseline)
 

@@ -8,13 +8,6 @@ import pandas as pd
 
 from fusion.study.table import SEED, is_base
 
-# Words for the strategies of fine-tuning, in the order in which more is trained.
-FINETUNINGS = {
-    "none": "not fine-tuned",
-    "head": "head",
-    "selective": "merged layers + head",
-    "full": "everything",
-}
 _ALWAYS = ("method.interpolation", "method.top_p")
 _WORDS = {"rank_by": "ranked by", "batch_norm": "batch norm", "weighting": "weights"}
 _PHRASES = {
@@ -69,11 +62,6 @@ def departs(table: pd.DataFrame) -> pd.DataFrame:
                 usual = values.value_counts(sort=False).idxmax()
                 found.loc[rows.index, column] = rows[column].notna() & (rows[column] != usual)
     return found
-
-
-def finetuning_name(strategy: str) -> str:
-    """Return what is trained, in words."""
-    return FINETUNINGS.get(strategy, strategy)
 
 
 def fixed_options(table: pd.DataFrame, group: str) -> dict[str, Any]:

@@ -35,17 +35,8 @@ FIGURES = (
     "evaluate_seconds",
 )
 _CHOICES = ("algorithm", "method", "modelpool", "taskpool", "strategy", SEED)
-_ABOUT = (
-    "run",
-    "status",
-    "error",
-    "order",
-    "same_as",
-    "control",
-    "memory",
-    "batch_norm",
-    "aligned",
-)
+_IDENTITY = ("run", "status", "error")
+_NOTES = ("order", "same_as", "control", "memory", "batch_norm", "aligned")
 
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
@@ -58,9 +49,9 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     """
     rows = [_row(run, order) for order, run in enumerate(runs)]
     table = pd.DataFrame(rows)
-    first = [*_ABOUT[:3], *_CHOICES]
+    first = [*_IDENTITY, *_CHOICES]
     options = [c for c in table.columns if c.startswith(("method.", "finetune."))]
-    figures = [*FIGURES, *_ABOUT[3:]]
+    figures = [*FIGURES, *_NOTES]
     rest = [c for c in table.columns if c not in {*first, *options, *figures}]
     return table.reindex(columns=[*first, *options, *figures, *rest])
 
@@ -80,14 +71,15 @@ def strategy_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the choices, ``seeds`` (how many), each of ``FIGURES`` (the mean) and
     ``<figure>_error`` (the standard error of the mean; missing for a single seed); ``order``,
-    ``same_as``, ``control``, ``memory`` of the first. Runs that did not finish are left out.
+    ``same_as``, ``control``, ``memory``, ``batch_norm`` and ``aligned`` of the first. Runs that
+    did not finish are left out.
     """
     finished = runs[runs["status"] == FINISHED]
     choices = choice_columns(finished)
     rows = []
     for _, group in finished.groupby(choices, dropna=False, sort=False):
         first = group.iloc[0]
-        row = {column: first[column] for column in (*choices, *_ABOUT[3:])}
+        row = {column: first[column] for column in (*choices, *_NOTES)}
         row["seeds"] = len(group)
         for figure in FIGURES:
             values = group[figure].dropna().astype(float)

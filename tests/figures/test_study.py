@@ -85,7 +85,7 @@ def test_no_point_beats_the_front() -> None:
 def test_the_front_is_named(table: pd.DataFrame) -> None:
     axes = study_pareto(table).axes[0]
     told = axes.texts[-1].get_text().split("\n")
-    assert told == ["1  LERP 10 %; head trained", "2  LERP 100 %; head trained"]
+    assert told == ["1  LERP 10 %; the head trained", "2  LERP 100 %; the head trained"]
 
 
 def test_nothing_to_draw_is_an_error(table: pd.DataFrame) -> None:

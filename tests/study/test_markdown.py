@@ -14,7 +14,7 @@ def test_the_baseline_comes_first_and_the_best_is_marked(leave, study: Path) -> 
     shown = lines(strategy_table(run_table(read_runs(study))))
     assert [line.baseline for line in shown] == [True, *[False] * 6]
     assert shown[0].note == "baseline"
-    assert shown[-1].note == "same as merged layers + head"
+    assert shown[-1].note == "same as merged layers and the head"
     best = {line.merge: [cell.text for cell in line.cells if cell.best] for line in shown}
     assert best["LERP 100 %"] == ["93.0", "96.0", "95.0"]
     assert best["LERP 10 %"] == ["1.00", "10"]  # time and memory: the least is best
