@@ -40,15 +40,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def require_writable_folder(folder: str | Path, option: str = "output_path") -> Path:
-    """Create ``folder`` if need be and prove that a file can be written there.
+    """Prove that files can be written to ``folder``; nothing is left behind, nor made, for that.
 
     Raises:
         UserError: the folder cannot be made or written to; the message names ``option``.
     """
     folder = Path(folder)
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UserError(

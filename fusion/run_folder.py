@@ -77,7 +77,8 @@ class RunFolder:
                 )
 
     def clear(self) -> None:
-        """Remove the report and the models of an earlier run, so that old and new never mix."""
+        """Make the folder; remove an earlier run's report and models: old and new never mix."""
+        self.path.mkdir(parents=True, exist_ok=True)
         self.report_path.unlink(missing_ok=True)
         self.model_path.unlink(missing_ok=True)
         (self.path / FINETUNED).unlink(missing_ok=True)

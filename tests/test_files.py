@@ -43,10 +43,10 @@ def test_others_may_read_what_the_umask_allows(tmp_path) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
 
 
-def test_a_folder_is_made_and_tried(tmp_path) -> None:
-    folder = require_writable_folder(tmp_path / "a" / "b")
-    assert folder.is_dir()
-    assert list(folder.iterdir()) == []
+def test_a_folder_is_tried_without_a_trace(tmp_path) -> None:
+    assert require_writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert require_writable_folder(tmp_path) == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["/proc/nowhere", "file"])

@@ -36,6 +36,8 @@ def test_the_report_and_the_model_can_go_elsewhere(base, tmp_path, caplog) -> No
         model_path=tmp_path / "m" / "m.safetensors",
     )
     folder.check()
+    assert list(tmp_path.iterdir()) == []  # a check makes nothing
+    folder.clear()
     folder.save_model(base, BaseModelPool([base]), {})
     folder.save_report({})
     with caplog.at_level(logging.INFO, "fusion"):
