@@ -107,7 +107,7 @@ def dense_product(folder: Path) -> np.ndarray:
 
 
 def fusion_bench(folder: Path) -> np.ndarray:
-    """FusionBench's own class on the same networks, loaded before the clock would be fair to it."""
+    """FusionBench's own class on the same networks; loading them counts for everybody."""
     import pandas as pd
     from fusion_bench.method.analysis.task_vector_cos_similarity import TaskVectorCosSimilarity
     from fusion_bench.modelpool import BaseModelPool as TheirPool

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WIDTH = 4.6  # inches
-_ROW = 0.3  # inches for each expert
+_ROW, _LOW_ROW = 0.3, 0.2  # inches for each expert: of few, of so many that a page gets full
+_TALL = 6.0  # inches: rows of all experts together, before they get lower
 _HALF = 0.42  # half height of a violin, of the distance between two
 _BINS = 1024  # of the density estimate, over the shown range
 _SHOWN = 0.98  # share of all values that the axis spans; the rest is counted in the label
@@ -53,7 +54,8 @@ def violins(
     low, high = _shown_range(data, absolute=absolute)
     beyond = float(np.mean((data < low) | (data > high)))
     with house_style():
-        options = {"figsize": (_WIDTH, _ROW * len(names) + 0.95), **(fig_kwargs or {})}
+        row_height = min(_ROW, max(_LOW_ROW, _TALL / len(names)))
+        options = {"figsize": (_WIDTH, row_height * len(names) + 0.95), **(fig_kwargs or {})}
         figure: Figure
         axes: Axes
         figure, axes = plt.subplots(**options)
