@@ -130,7 +130,7 @@ def fit(
         for epoch in range(epochs):
             start = time.perf_counter()
             train_mode()
-            scorer = Scorer()
+            scorer = Scorer(processes=fabric.world_size)
             for images, labels in batches(
                 dataset,
                 batch_size=batch_size,
@@ -213,7 +213,7 @@ def _score(fabric: Fabric, model: nn.Module, dataset: Dataset[Any], batch_size: 
     # size of each last batch would take longer than to score it.
     model.eval()
     dtype = next(model.parameters()).dtype  # not float32 under Fabric's "true" half precisions
-    scorer = Scorer()
+    scorer = Scorer(processes=fabric.world_size)
     for images, labels in batches(
         dataset,
         batch_size=batch_size,

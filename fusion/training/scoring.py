@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,15 @@ from fusion.training.history import Scores
 
 
 class Scorer:
-    """Collects the batches of one pass; with several processes, of all of them together."""
+    """Collects the batches of one pass; with several processes, of all of them together.
 
-    def __init__(self) -> None:
+    Args:
+        processes: how many take part. One alone must not wait for others, which there may be:
+            a member of a pool is trained by one process of a run while the rest wait for it.
+    """
+
+    def __init__(self, *, processes: int = 1) -> None:
+        self._shared = processes > 1
         self._losses: list[Tensor] = []
         self._predictions: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -30,10 +38,11 @@ class Scorer:
 
         predictions, labels = torch.cat(self._predictions), torch.cat(self._labels)
         mean_loss = torch.stack(self._losses).sum() / len(labels)
-        loss = MeanMetric(nan_strategy="disable").to(labels.device)
+        loss = MeanMetric(nan_strategy="disable", sync_on_compute=self._shared).to(labels.device)
         loss.update(mean_loss, weight=len(labels))
-        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        f1 = MulticlassF1Score(num_classes, average="weighted", validate_args=False)
+        options: dict[str, Any] = {"validate_args": False, "sync_on_compute": self._shared}
+        accuracy = MulticlassAccuracy(num_classes, average="micro", **options)
+        f1 = MulticlassF1Score(num_classes, average="weighted", **options)
         for metric in (accuracy, f1):
             metric.to(labels.device).update(predictions, labels)
         return Scores(*(float(metric.compute()) for metric in (loss, accuracy, f1)))
