@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -27,11 +28,11 @@ def chosen(records: list[LayerRecord]) -> list[str]:
     return [r.layer.name for r in records if r.selected]
 
 
-@pytest.mark.parametrize("hundredth", [0, 1, 10, 15, 29, 30, 58, 70, 99, 100])
-def test_the_count_is_the_exact_ceiling(hundredth) -> None:
-    for layers in range(1, 201):
+def test_the_count_is_the_exact_ceiling() -> None:
+    """Also where the rounded product lies above a whole number: 0.07 · 100 is 7.000000000000001."""
+    for hundredth, layers in itertools.product(range(101), range(1, 121)):
         exact = math.ceil(Fraction(hundredth, 100) * layers)
-        assert share_count(hundredth / 100, layers) == exact, layers
+        assert share_count(hundredth / 100, layers) == exact, (hundredth, layers)
 
 
 def test_the_best_are_selected_and_the_head_is_no_candidate() -> None:
