@@ -82,7 +82,7 @@ def consistency(
     if len(experts) < 2 or not names:
         return {}
     scopes = {ALL_LAYERS: list(range(len(names)))}
-    inside = [index for index, name in enumerate(names) if name in set(merged_tensors)]
+    inside = [index for index, name in enumerate(names) if name in merged_tensors]
     if inside:
         scopes[MERGED_LAYERS] = inside
     pairs: dict[str, dict[tuple[str, str], float]] = {scope: {} for scope in scopes}

@@ -11,6 +11,10 @@ from fusion.study.naming import departs, merge_names
 from fusion.study.table import NO_FINETUNING, is_base, is_baseline
 
 
+_STEADY = 1.5  # times of equal work that differ by a larger factor measure the machine
+_EQUAL = 0.005  # a share that would be shown as 0 %
+
+
 def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
     """Return the base fine-tuned in full, or None if the study has no such run, or several."""
     rows = strategies[is_baseline(strategies)]
@@ -69,7 +73,7 @@ def findings(strategies: pd.DataFrame) -> list[str]:
     for strategy, rows in merged.groupby("strategy", sort=False):
         if strategy != NO_FINETUNING and rows["finetuned_accuracy"].notna().any():
             found.append(_of_finetuning(str(strategy), rows, baseline is not None))
-    return found + _against_chance(strategies)
+    return found + _against_chance(strategies) + _of_the_clock(table)
 
 
 def series(strategies: pd.DataFrame) -> pd.Series[str]:
@@ -85,6 +89,18 @@ def series(strategies: pd.DataFrame) -> pd.Series[str]:
         return names
     random = (strategies["method.rank_by"] == "random") & ~departing[others].any(axis=1)
     return names.mask(random, "random")
+
+
+def _of_the_clock(table: pd.DataFrame) -> list[str]:
+    """Return a warning if runs that trained all the same tensors took unequal times."""
+    full = table.loc[table["trained_parameters"] == table["trained_parameters"].max()]
+    seconds = full["training_seconds"].dropna()
+    if len(seconds) < 2 or seconds.max() < _STEADY * seconds.min():
+        return []
+    return [
+        f"Beware of the times: training everything took between {seconds.min():.1f} and "
+        f"{seconds.max():.1f} s, for equal work. The machine had other things to do."
+    ]
 
 
 def _against_chance(strategies: pd.DataFrame) -> list[str]:
@@ -129,6 +145,8 @@ def _of_finetuning(strategy: str, rows: pd.DataFrame, has_baseline: bool) -> str
 
 
 def _saving(share: float, what: str) -> str:
+    if abs(share) < _EQUAL:
+        return f"as much {what}"
     return f"{100 * abs(share):.0f} % {'less' if share >= 0 else 'more'} {what}"
 
 

@@ -36,3 +36,13 @@ def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
     assert "accuracy_change" not in against_baseline(strategies)
     assert not any("baseline" in sentence for sentence in findings(strategies))
     assert control_accuracy(strategies) == 0.9
+
+
+def test_unequal_times_of_equal_work_are_told(leave) -> None:
+    for job, seconds in enumerate((4.0, 16.0)):
+        merge = {"interpolation": "lerp", "top_p": 0.1 * (job + 1)}
+        folder = leave(job=job, method=merge, zero_shot=0.9, tuned=0.92, seconds=seconds)
+    strategies = strategy_table(run_table(read_runs(folder)))
+    assert "between 4.0 and 16.0 s" in findings(strategies)[-1]
+    steady = strategies.assign(training_seconds=4.0)
+    assert not any("Beware" in sentence for sentence in findings(steady))
