@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,13 @@ def _prepared(
         finally:
             self._running = False
             self.on_run_end()
-            for what, timing in self.timings.items():
-                log.debug("%s: %.2f s in %d calls", what, timing.seconds, timing.calls)
+            log.info("Time: %s", _summary(self.timings))
 
     return prepared
+
+
+def _summary(timings: Mapping[str, Timing]) -> str:
+    return ", ".join(
+        f"{what} {timing.seconds:.1f} s" + (f" in {timing.calls} calls" if timing.calls > 1 else "")
+        for what, timing in timings.items()
+    )

@@ -112,8 +112,9 @@ class FactoryMember(Member):
             self.architecture_spec = factory
 
     def build(self) -> nn.Module:
-        """Make the network."""
-        return build_architecture(self._factory)
+        """Make the network; a copy of what a callable returns, which may hold on to it."""
+        made = build_architecture(self._factory)
+        return made if isinstance(self._factory, Mapping) else copy.deepcopy(made)
 
     def architecture(self) -> nn.Module:
         """Make the network on the meta device."""
@@ -173,10 +174,12 @@ def on_meta(architecture: Architecture) -> nn.Module:
         architecture = {**architecture, "weights": None}
     try:
         with torch.device("meta"), WithoutRandomValues():
-            return build_architecture(architecture)
+            made = build_architecture(architecture)
     except (NotImplementedError, RuntimeError):
         # Some constructors compute on their fresh weights, which the meta device cannot do.
-        return ModuleMember(build_architecture(architecture)).architecture()
+        made = build_architecture(architecture)
+    bare = all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
+    return made if bare else ModuleMember(made).architecture()
 
 
 class WithoutRandomValues(TorchFunctionMode):

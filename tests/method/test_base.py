@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +114,12 @@ def test_profile_counts_and_adds_up_also_when_the_block_fails(base) -> None:
     with pytest.raises(KeyError), algorithm.profile("fails"):
         raise KeyError
     assert algorithm.timings["fails"].calls == 1
+
+
+def test_the_time_is_told(base, caplog) -> None:
+    with caplog.at_level(logging.INFO, "fusion"):
+        Telling().run([base])
+    assert re.search(r"Time: .*load \d+\.\d s", caplog.text)
 
 
 def test_fabric_works_with_no_set_up_and_can_be_set() -> None:

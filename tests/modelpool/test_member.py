@@ -44,3 +44,11 @@ def test_equal_weights_have_equal_fingerprints(base, net) -> None:
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-6
     assert ModuleMember(other).fingerprint() != ModuleMember(base).fingerprint()
+
+
+def test_what_a_callable_holds_on_to_is_not_handed_out(base, net, equal) -> None:
+    member = FactoryMember(lambda: base)
+    with torch.no_grad():
+        next(member.build().parameters()).zero_()
+    assert all(tensor.is_meta for tensor in member.architecture().state_dict().values())
+    assert equal(base, net())
