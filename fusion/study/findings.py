@@ -10,7 +10,6 @@ from fusion.figures.study_style import finetuning_style
 from fusion.study.naming import departs, merge_names
 from fusion.study.table import NO_FINETUNING, is_base, is_baseline
 
-
 _STEADY = 1.5  # times of equal work that differ by a larger factor measure the machine
 _EQUAL = 0.005  # a share that would be shown as 0 %
 
