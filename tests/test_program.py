@@ -10,8 +10,11 @@ from torch import nn
 from fusion.errors import UserError
 from fusion.method import BaseAlgorithm, DummyAlgorithm, SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool, Checkpoint
+from fusion.models import find_layers
 from fusion.program import FusionProgram
 from fusion.taskpool import ClassificationTaskPool
+from fusion.training import FineTuning
+from fusion.weights import load_safetensors
 
 
 class Untouchable(BaseAlgorithm):
@@ -107,3 +110,31 @@ def test_a_dry_run_checks_and_leaves_nothing(program, tmp_path) -> None:
 def test_a_part_of_another_kind_is_told(program, part) -> None:
     with pytest.raises(UserError, match=f"{part} must be a Base.*, not a Counter"):
         program(**{part: {"_target_": "collections.Counter"}}).run()
+
+
+def test_the_result_is_fine_tuned_in_the_layers_that_were_merged(
+    program, pool, tmp_path, train_digits
+) -> None:
+    data = {"_pretrained_": train_digits}
+    options = {
+        "modelpool": BaseModelPool(pool, train_datasets=data),
+        "finetune": FineTuning(strategy="selective", epochs=1, images=256, lr=0.01),
+    }
+    merge = SNRSelectiveMerge(top_p=0.3, plot=False)
+    outcome = program(method=merge, **options).run()
+    report = outcome.report["finetune"]
+    layers = {layer.name: layer for layer in find_layers(outcome.model)}
+    head = list(layers)[-1]
+    assert report["trained_layers"] == [n for n in layers if n in (*merge.selected_layers, head)]
+    assert set(outcome.report["evaluation"]) >= {"merged", "finetuned"}
+    tuned = load_safetensors(tmp_path / "run" / "finetuned.safetensors")
+    before = load_safetensors(tmp_path / "run" / "merged.safetensors")
+    changed = {key for key in tuned if not torch.equal(tuned[key], before[key])}
+    trained = {key for name in report["trained_layers"] for key in layers[name].tensors}
+    assert changed
+    assert changed <= trained
+
+
+def test_fine_tuning_needs_images(program) -> None:
+    with pytest.raises(UserError, match="the pool has no train_datasets"):
+        program(method=Untouchable(), finetune=FineTuning()).run()
