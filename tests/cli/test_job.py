@@ -139,7 +139,7 @@ def test_the_configuration_is_printed_when_asked(main_in, capsys) -> None:
     assert "_target_: fusion.modelpool.BaseModelPool" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Experiment logs")
 def test_metrics_go_to_a_logger_when_chosen(main_in, tmp_path) -> None:
     main_in(*TRIAL, "fabric=cpu", "fabric/loggers=csv", "output_path=run")
     metrics = pd.read_csv(tmp_path / "run" / "logs" / "metrics.csv")
