@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_PIECE = 1 << 20  # elements read at a time
 
 
 class Checkpoint(Member):
@@ -173,12 +174,17 @@ class Checkpoint(Member):
 
 
 def _fill(model: nn.Module, source: TensorSource | None) -> bool:
-    """Fill ``model`` tensor by tensor, so that the weights lie in memory once; False if unfit."""
+    """Fill ``model`` piece by piece, so that the weights lie in memory once; False if unfit."""
     state = model.state_dict()
     if source is None or state.keys() != set(source):
         return False
     if any(source.info(key).shape != tensor.shape for key, tensor in state.items()):
         return False
     for key, tensor in state.items():
-        tensor.copy_(source[key])
+        if tensor.is_contiguous():
+            flat = tensor.view(-1)
+            for start in range(0, len(flat), _PIECE):
+                flat[start : start + _PIECE].copy_(source.read(key, start, start + _PIECE))
+        else:
+            tensor.copy_(source[key])
     return True

@@ -188,7 +188,11 @@ def _sum_block(rows: Sequence[Tensor]) -> TaskVectorSums:
     changed = torch.zeros(experts, dtype=torch.float64, device=device)
     step = SLICE if device.type == "cpu" else READ
     for base, *others in zip(*(torch.split(row, step) for row in rows), strict=True):
-        vectors = torch.stack(others).sub_(base)
+        vectors = base.new_empty(experts, base.numel())
+        for vector, other in zip(vectors, others, strict=True):
+            torch.sub(other, base, out=vector)
+        # In float32 the rounding of equal addends piles up: experts one sign-like step away from
+        # the base (Adam's first) would have cosines that are off by 1e-6.
         precise = vectors.double()
         products += precise @ precise.T
         signs = vectors.sign()

@@ -84,6 +84,21 @@ def test_the_sums_equal_the_dense_computation(pool, sampled):
             assert_close(sums.sign_conflicts[0, i, j], share, rtol=0, atol=1e-6)
 
 
+def test_steps_of_one_size_lose_nothing_to_rounding():
+    """Sums of many equal squares, as after one step of Adam, are where float32 would drift."""
+    generator = torch.Generator().manual_seed(0)
+    toward = torch.randn(4 * SLICE, generator=generator)
+    base = ModuleSource(Weights(w=torch.zeros(4 * SLICE)))
+    signs = [(torch.randn(4 * SLICE, generator=generator) + 2 * toward).sign() for _ in range(4)]
+    steps = [1.234567e-4 * (1 + number) * sign for number, sign in enumerate(signs)]
+    experts = [ModuleSource(Weights(w=step)) for step in steps]
+    vectors = torch.stack(steps).double()
+    gram = vectors @ vectors.T
+    cosines = gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt())
+    streamed = sum_task_vectors(base, experts, ["w"]).cosines[0]
+    assert_close(streamed, cosines, rtol=0, atol=1e-7)
+
+
 def test_each_tensor_has_its_own_row(pool):
     base, experts, names = sources(pool)
     sums = sum_task_vectors(base, experts, names)
