@@ -274,6 +274,13 @@ def test_the_bases_head_is_kept_and_told(base, pool) -> None:
     assert not table.loc[table["head"], "selected"].any()
 
 
+def test_one_expert_with_another_head_keeps_it_from_all(base, experts, peers) -> None:
+    """Though the other expert's has the base's shape."""
+    result, algorithm = merge({"_pretrained_": base, "a": experts["a"], **peers}, top_p=1.0)
+    assert algorithm.report["head_tensors"] == ["linear.weight", "linear.bias"]
+    assert torch.equal(result.linear.weight, base.linear.weight)
+
+
 def test_a_head_of_one_shape_is_a_layer_like_the_others(base, peers) -> None:
     _, algorithm = merge({"_pretrained_": base, **peers}, top_p=1.0)
     assert algorithm.selected_layers[-1] == "linear"
@@ -382,13 +389,13 @@ def test_auto_recalibrates_where_there_is_data(pool, train_digits) -> None:
 
 
 def test_a_network_without_batch_norm_merges_as_well(equal) -> None:
-    def plain() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
-
-    pool = {"_pretrained_": plain(), "a": plain()}
-    result, algorithm = merge(pool, batch_norm="auto", top_p=1.0)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    expert = copy.deepcopy(plain)
+    for parameter in expert.parameters():
+        parameter.data.mul_(1.01)
+    result, algorithm = merge({"_pretrained_": plain, "a": expert}, batch_norm="auto", top_p=1.0)
     assert algorithm.report["batch_norm"] == "pretrained"
-    assert equal(result, pool["a"])
+    assert equal(result, expert)
 
 
 # -- the notebook ---------------------------------------------------------------------------------
