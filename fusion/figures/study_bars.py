@@ -88,7 +88,7 @@ def study_bars(
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(label)
-        _make_room(axes, bars["value"])
+        _make_room(axes, bars["value"], bars["error"])
         _write_values(axes, bars, line, digits)
         handles: list[Patch | Line2D] = [
             Patch(facecolor=color, edgecolor="black", linewidth=0.4, label=f"{words} trained")
@@ -102,10 +102,11 @@ def study_bars(
     return figure
 
 
-def _make_room(axes: Axes, values: pd.Series[float]) -> None:
+def _make_room(axes: Axes, values: pd.Series[float], errors: pd.Series[float]) -> None:
     """Leave space for the numbers beside the bars."""
-    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    room = _ROOM * ((high - low) or 1.0)
+    reach = errors.fillna(0.0)
+    low, high = min(0.0, float((values - reach).min())), max(0.0, float((values + reach).max()))
+    room = _ROOM * ((high - low) or 1.0) * (2 if errors.notna().any() else 1)
     axes.set_xlim(low - room if low < 0 else 0, high + room)
     if low < 0:
         axes.axvline(0, color="black", linewidth=0.6, zorder=3)

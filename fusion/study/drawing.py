@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fusion.figures.study_bars import study_bars
 from fusion.figures.study_pareto import study_pareto
 from fusion.figures.study_share import study_share
-from fusion.study.findings import against_baseline, baseline_row, control_accuracy, series
+from fusion.study.findings import baseline_row, control_accuracy, series
 from fusion.study.markdown import MEBIBYTE
 from fusion.study.naming import merge_names
 from fusion.study.table import NO_MERGE, is_baseline
@@ -73,7 +73,7 @@ def drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
 
 
 def _drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
-    table = against_baseline(strategies).assign(name=merge_names(strategies))
+    table = strategies.assign(name=merge_names(strategies))
     table["interpolation"] = table.get("method.interpolation")
     table["share"] = table.get("method.top_p")
     baseline = baseline_row(strategies)

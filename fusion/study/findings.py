@@ -20,23 +20,6 @@ def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
     return rows.iloc[0] if len(rows) == 1 else None
 
 
-def against_baseline(strategies: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with every row set against the baseline; itself if there is none.
-
-    New columns: ``accuracy_change`` and ``f1_change`` (differences of shares), ``time_saving``
-    and ``memory_saving`` (shares of the baseline's that were not needed; negative is more).
-    """
-    baseline = baseline_row(strategies)
-    if baseline is None:
-        return strategies
-    return strategies.assign(
-        accuracy_change=strategies["finetuned_accuracy"] - baseline["finetuned_accuracy"],
-        f1_change=strategies["finetuned_f1"] - baseline["finetuned_f1"],
-        time_saving=1 - strategies["training_seconds"] / baseline["training_seconds"],
-        memory_saving=1 - strategies["peak_bytes"] / baseline["peak_bytes"],
-    )
-
-
 def control_accuracy(strategies: pd.DataFrame) -> float | None:
     """Return the accuracy of the unmerged base under the merges' batch-norm treatment.
 
@@ -50,7 +33,7 @@ def control_accuracy(strategies: pd.DataFrame) -> float | None:
 
 def findings(strategies: pd.DataFrame) -> list[str]:
     """Return the study's findings, a sentence or two each."""
-    table = against_baseline(strategies).assign(name=merge_names(strategies))
+    table = strategies.assign(name=merge_names(strategies))
     merged = table[~is_base(table)]
     found = []
     baseline = baseline_row(strategies)

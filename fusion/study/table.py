@@ -15,6 +15,10 @@ SEED = "seed"
 NO_MERGE = "DummyAlgorithm"  # the algorithm that hands back the base
 NO_FINETUNING = "none"
 
+# What a run gained and saved against the baseline of its own seed: differences of shares, and
+# shares of the baseline's cost that were not needed (negative is more).
+CHANGES = ("accuracy_change", "f1_change", "time_saving", "memory_saving")
+
 # The figures of a run, in the order of the columns; accuracies and F1 are shares, 0 to 1.
 FIGURES = (
     "zero_shot_accuracy",
@@ -33,6 +37,7 @@ FIGURES = (
     "cycle_consistency",
     "run_seconds",
     "evaluate_seconds",
+    *CHANGES,
 )
 _CHOICES = ("algorithm", "method", "modelpool", "taskpool", "strategy", SEED)
 _IDENTITY = ("run", "status", "error")
@@ -53,7 +58,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     options = [c for c in table.columns if c.startswith(("method.", "finetune."))]
     figures = [*FIGURES, *_NOTES]
     rest = [c for c in table.columns if c not in {*first, *options, *figures}]
-    return table.reindex(columns=[*first, *options, *figures, *rest])
+    return _against_baseline(table.reindex(columns=[*first, *options, *figures, *rest]))
 
 
 def choice_columns(table: pd.DataFrame) -> list[str]:
@@ -99,6 +104,22 @@ def is_base(table: pd.DataFrame) -> pd.Series[bool]:
 def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
     """Return which rows are the baseline: the base, fine-tuned in full."""
     return (table["algorithm"] == NO_MERGE) & (table["strategy"] == "full")
+
+
+def _against_baseline(table: pd.DataFrame) -> pd.DataFrame:
+    """Fill in ``CHANGES``, missing where a seed has no baseline or more than one."""
+    baselines = table[is_baseline(table)].drop_duplicates(SEED, keep=False).set_index(SEED)
+
+    def baseline(figure: str) -> pd.Series[float]:
+        return table[SEED].map(baselines[figure].astype(float))
+
+    changes = {
+        "accuracy_change": table["finetuned_accuracy"] - baseline("finetuned_accuracy"),
+        "f1_change": table["finetuned_f1"] - baseline("finetuned_f1"),
+        "time_saving": 1 - table["training_seconds"] / baseline("training_seconds"),
+        "memory_saving": 1 - table["peak_bytes"] / baseline("peak_bytes"),
+    }
+    return table.assign(**changes)
 
 
 def _row(run: Run, order: int) -> dict[str, Any]:

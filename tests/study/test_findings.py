@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from fusion.study import read_runs
-from fusion.study.findings import against_baseline, control_accuracy, findings
+from fusion.study.findings import baseline_row, control_accuracy, findings
 from fusion.study.table import run_table, strategy_table
 
 
 def test_changes_and_savings_are_against_the_base_trained_in_full(study: Path) -> None:
-    table = against_baseline(strategy_table(run_table(read_runs(study))))
+    table = strategy_table(run_table(read_runs(study)))
     assert table["accuracy_change"].tolist() == pytest.approx(
         [0.0, -0.01, 0.01, -0.02, -0.005, -0.015]
     )
@@ -33,7 +33,8 @@ def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
     merge = {"interpolation": "lerp", "top_p": 0.1}
     folder = leave(job=0, method=merge, zero_shot=0.9, tuned=0.92, strategy="head")
     strategies = strategy_table(run_table(read_runs(folder)))
-    assert "accuracy_change" not in against_baseline(strategies)
+    assert baseline_row(strategies) is None
+    assert strategies["accuracy_change"].isna().all()
     assert not any("baseline" in sentence for sentence in findings(strategies))
     assert control_accuracy(strategies) == 0.9
 
@@ -46,3 +47,15 @@ def test_unequal_times_of_equal_work_are_told(leave) -> None:
     assert "between 4.0 and 16.0 s" in findings(strategies)[-1]
     steady = strategies.assign(training_seconds=4.0)
     assert not any("Beware" in sentence for sentence in findings(steady))
+
+
+def test_changes_are_between_runs_of_one_seed(leave) -> None:
+    """Seeds differ more from each other than merge and baseline do within one."""
+    merge = {"interpolation": "lerp", "top_p": 0.1}
+    for seed, level in enumerate((0.80, 0.90)):
+        leave(job=2 * seed, seed=seed, zero_shot=0.5, tuned=level)
+        folder = leave(job=2 * seed + 1, seed=seed, method=merge, zero_shot=0.5, tuned=level + 0.02)
+    strategies = strategy_table(run_table(read_runs(folder)))
+    assert strategies["accuracy_change"].tolist() == pytest.approx([0.0, 0.02])
+    assert strategies["accuracy_change_error"].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert strategies["finetuned_accuracy_error"][1] == pytest.approx(0.05)
