@@ -100,7 +100,7 @@ class FineTuning:
         epochs: int = 5,
         lr: float = 2e-3,
         weight_decay: float = 0.01,
-        batch_size: int = 64,
+        batch_size: int = 128,
         schedule: Schedule = "one_cycle",
         augment: bool = False,
         images: int | None = None,
