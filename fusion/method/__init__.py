@@ -2,6 +2,7 @@
 
 from fusion.method.base import BaseAlgorithm
 from fusion.method.dummy import DummyAlgorithm
+from fusion.method.git_rebasin import GitReBasin
 from fusion.method.snr_selective_merge import SNRSelectiveMerge
 from fusion.method.task_vector_cos_similarity import TaskVectorCosSimilarity
 from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
@@ -9,6 +10,7 @@ from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
 __all__ = [
     "BaseAlgorithm",
     "DummyAlgorithm",
+    "GitReBasin",
     "SNRSelectiveMerge",
     "TaskVectorCosSimilarity",
     "TaskVectorViolinPlot",

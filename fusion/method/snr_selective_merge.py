@@ -20,8 +20,10 @@ from fusion.method import batch_norm as bn
 from fusion.method import head as heads
 from fusion.method import layer_scores as scores
 from fusion.method import notebook
+from fusion.method.aligned import align_experts, check_alignable, keep_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.method.batch_norm import working
+from fusion.method.choice import check_choice
 from fusion.method.consistency import keep_consistency
 from fusion.method.layer_scores import LayerRecord
 from fusion.modelpool import PRETRAINED, BaseModelPool
@@ -76,7 +78,12 @@ class SNRSelectiveMerge(BaseAlgorithm):
         scale: of TIES: the factor λ of the merged change.
         calibration_images: how many images ``recalibrate`` looks at, at most.
         batch_size: images per forward pass of the recalibration.
-        plot: whether to draw the figure.
+        align: first bring the experts' units into the base's order (:func:`fusion.alignment.align`;
+            of experts fine-tuned from the base usually nothing moves, and the report says so).
+            A network whose symmetries cannot be found is an error: nothing is skipped silently.
+        example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
+            training image, or else a guess from the first convolution.
+        plot: whether to draw the figures.
         seed: of the random ranking and the calibration sample.
 
     Raises:
@@ -100,19 +107,21 @@ class SNRSelectiveMerge(BaseAlgorithm):
         scale: float = 1.0,
         calibration_images: int = 2000,
         batch_size: int = 128,
+        align: bool = True,
+        example_input: Sequence[int] | None = None,
         plot: bool = True,
         seed: int = 0,
     ) -> None:
         if not 0 <= top_p <= 1:
             raise UserError(f"top_p is {top_p}; it is a share of the layers, between 0 and 1")
         if isinstance(rank_by, str):
-            _choice("rank_by", rank_by, scores.RANKINGS)
+            check_choice("rank_by", rank_by, scores.RANKINGS)
         if isinstance(weighting, str):
-            _choice("weighting", weighting, WEIGHTINGS)
-        _choice("interpolation", interpolation, INTERPOLATIONS)
-        _choice("scoring", scoring, SCORINGS)
-        _choice("batch_norm", batch_norm, bn.TREATMENTS)
-        _choice("head", head, HEADS)
+            check_choice("weighting", weighting, WEIGHTINGS)
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+        check_choice("scoring", scoring, SCORINGS)
+        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
+        check_choice("head", head, HEADS)
         if not 0 < density <= 1:
             raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")
         for option, number in (
@@ -132,6 +141,8 @@ class SNRSelectiveMerge(BaseAlgorithm):
         self.scale = scale
         self.calibration_images = calibration_images
         self.batch_size = batch_size
+        self.align = align
+        self.example_input = example_input
         self.plot = plot
         self.seed = seed
         self._snr = partial(layer_snr, sigma=sigma, threshold=threshold, alpha=alpha)
@@ -198,6 +209,11 @@ class SNRSelectiveMerge(BaseAlgorithm):
             self._given_weights(modelpool.model_names)
         if self.head == "union":
             heads.check_union(modelpool)
+        if self.align:
+            try:
+                check_alignable(modelpool, self.example_input)
+            except UserError as error:
+                raise UserError(f"{error}; or merge without alignment: align=false") from error
         bn.chosen_treatment(self._batch_norm, modelpool, model)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
@@ -207,6 +223,12 @@ class SNRSelectiveMerge(BaseAlgorithm):
             model = modelpool.load_pretrained_model()
             base = model.state_dict()
             experts = {name: modelpool.tensors(name) for name in self._experts}
+        if self.align:
+            with self.profile("align experts"):
+                experts, records = align_experts(
+                    self, modelpool, model, self._experts, shape=self.example_input, seed=self.seed
+                )
+                keep_alignment(self, records, plot=self.plot)
         with self.profile("score layers"):
             self._records = self._score(model, base, experts)
             self._select()
@@ -459,14 +481,6 @@ def _parameters(record: LayerRecord, model: nn.Module) -> list[str]:
         for key in record.layer.tensors
         if key not in statistics and state[key].is_floating_point()
     ]
-
-
-def _choice(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(
-            f"{option}={value}: there is no such choice{suggestion(value, known)} "
-            f"(there are {', '.join(known)})"
-        )
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

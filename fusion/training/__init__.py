@@ -6,6 +6,7 @@ from fusion.training.freezing import Frozen, freeze
 from fusion.training.history import Epoch, History, Scores
 from fusion.training.measuring import Measurement, measure
 from fusion.training.recalibration import recalibrate_batch_norm
+from fusion.training.repair import repair
 
 __all__ = [
     "Epoch",
@@ -19,4 +20,5 @@ __all__ = [
     "freeze",
     "measure",
     "recalibrate_batch_norm",
+    "repair",
 ]

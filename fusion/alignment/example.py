@@ -1,0 +1,62 @@
+"""An input for a network that came without one: the symmetries are found from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fusion.errors import UserError
+
+# Sides of the square images that networks are made for: ImageNet, Inception v3, CIFAR, Tiny
+# ImageNet, MNIST, and scikit-learn's digits. Large ones first: where many sides fit, all give the
+# same symmetries, and where a network needs room to shrink the image, only they fit.
+SIDES = (224, 299, 32, 64, 28, 8)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@torch.no_grad()
+def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> Tensor:
+    """Return zeros of a shape that ``model`` takes, its batch axis 1, on the model's device.
+
+    The channels are those of the first convolution or linear layer that was registered, the sides
+    the first of ``SIDES`` with which the network runs in eval mode.
+
+    Args:
+        model: a network in eval mode; it runs without gradients. On the meta device that is free.
+        shape: of one input, without its batch axis (C, H, W); only checked then, not guessed.
+
+    Raises:
+        UserError: nothing fits; says what was tried.
+    """
+    parameter = next(model.parameters(), torch.empty(0))
+    shapes = [tuple(shape)] if shape is not None else _guesses(model)
+    failures = []
+    for candidate in shapes:
+        example = torch.zeros(1, *candidate, dtype=parameter.dtype, device=parameter.device)
+        try:
+            model(example)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            failures.append(f"{candidate}: {str(error).strip().partition(chr(10))[0]}")
+        else:
+            return example
+    if shape is not None:
+        raise UserError(
+            f"example_input: {type(model).__name__} does not take an input of shape {failures[0]}; "
+            f"give the shape of one image as [channels, height, width]"
+        )
+    raise UserError(
+        f"no example input was found for {type(model).__name__} "
+        f"(tried {'; '.join(failures) or 'nothing: it has no convolution or linear layer'}); "
+        f"give the shape of one image as example_input: [channels, height, width]"
+    )
+
+
+def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
+    for module in model.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            return [(module.in_channels, *[side] * len(module.kernel_size)) for side in SIDES]
+        if isinstance(module, nn.Linear):
+            return [(module.in_features,)]
+    return []

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusion.data import ImageTensors
+from fusion.errors import UserError
+from fusion.models import CifarResNet
+from fusion.training.repair import measure_channels, pre_activations, repair
+
+IMAGES = 300
+
+
+class Plain(nn.Module):
+    """Residual and without any norm: convolutions with and without bias, one transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+        self.hidden = nn.Linear(4, 12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(x + self.second(x))
+        x = torch.relu(self.up(x)).mean((2, 3))
+        return self.head(torch.relu(self.hidden(x)))
+
+
+def resnet() -> nn.Module:
+    return CifarResNet(8, in_channels=1, width=0.5, shortcut="B")
+
+
+def resnet_without_affine() -> nn.Module:
+    model = resnet()
+    model.bn1 = nn.BatchNorm2d(8, affine=False)
+    return model
+
+
+def two_and_mean(make: Callable[[], nn.Module]) -> tuple[list[nn.Module], nn.Module]:
+    members = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            member = make().eval()
+            for module in member.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_()
+                    module.running_var.uniform_(0.5, 2)
+                    if module.affine:
+                        nn.init.normal_(module.weight)
+                        nn.init.normal_(module.bias)
+            members.append(member)
+    merged = copy.deepcopy(members[0])
+    other = members[1].state_dict()
+    state = {
+        key: (value + other[key]) / 2 if value.is_floating_point() else value
+        for key, value in merged.state_dict().items()
+    }
+    merged.load_state_dict(state)
+    return members, merged
+
+
+@pytest.mark.parametrize("make", [resnet, Plain])
+@pytest.mark.parametrize("batch_size", [64, IMAGES])
+def test_every_channel_has_the_interpolated_statistics(make, batch_size, train_digits) -> None:
+    members, merged = two_and_mean(make)
+    data = train_digits.select(torch.arange(IMAGES))
+    repair(merged, members, data, weights=[0.3, 0.7], batch_size=batch_size)
+    names = pre_activations(merged)
+    sample = data.normalise(data.images)
+    with torch.no_grad():
+        ours = measure_channels(merged, names, iter([sample]))
+        theirs = [measure_channels(member, names, iter([sample])) for member in members]
+    for name in names:
+        mean = 0.3 * theirs[0][name].mean + 0.7 * theirs[1][name].mean
+        deviation = 0.3 * theirs[0][name].variance.sqrt() + 0.7 * theirs[1][name].variance.sqrt()
+        torch.testing.assert_close(ours[name].variance.sqrt(), deviation, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[name].mean, mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [resnet, Plain])
+def test_the_merge_needed_it(make, train_digits) -> None:
+    """The law above says something: averaging alone loses variance."""
+    members, merged = two_and_mean(make)
+    names = pre_activations(merged)
+    sample = train_digits.normalise(train_digits.images[:IMAGES])
+    with torch.no_grad():
+        ours = measure_channels(merged, names[-1:], iter([sample]))[names[-1]]
+        theirs = measure_channels(members[0], names[-1:], iter([sample]))[names[-1]]
+    assert ours.variance.mean() < 0.7 * theirs.variance.mean()
+
+
+@pytest.mark.parametrize("make", [resnet, resnet_without_affine, Plain])
+def test_a_member_repaired_toward_itself_computes_the_same(make, train_digits) -> None:
+    members, _ = two_and_mean(make)
+    member = members[0]
+    sample = train_digits.normalise(train_digits.images[:IMAGES])
+    data = train_digits.select(torch.arange(IMAGES))
+    repaired = copy.deepcopy(member)
+    if make is resnet_without_affine:  # its first norm has nothing to hold its own statistics
+        repair(repaired, [copy.deepcopy(member)], data, batch_size=64)
+        member = copy.deepcopy(repaired)
+    repair(repaired, [member], data, batch_size=64)
+    with torch.no_grad():
+        torch.testing.assert_close(repaired(sample), member(sample), rtol=1e-3, atol=1e-4)
+
+
+def test_members_modes_and_the_last_layer_stay(train_digits, equal) -> None:
+    members, merged = two_and_mean(resnet)
+    before = [copy.deepcopy(member) for member in members]
+    head = copy.deepcopy(merged.linear.state_dict())
+    merged.train()
+    assert repair(merged, members, train_digits, images=100) == 9
+    assert merged.training
+    assert all(equal(one, other) for one, other in zip(members, before, strict=True))
+    assert all(torch.equal(head[key], value) for key, value in merged.linear.state_dict().items())
+
+
+def test_without_a_bias_the_deviation_alone_is_repaired(train_digits) -> None:
+    def make() -> nn.Module:
+        model = Plain()
+        model.second = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        return model
+
+    members, merged = two_and_mean(make)
+    keys = merged.state_dict().keys()
+    repair(merged, members[:1], train_digits.select(torch.arange(IMAGES)), batch_size=IMAGES)
+    sample = train_digits.normalise(train_digits.images[:IMAGES])
+    with torch.no_grad():
+        ours = measure_channels(merged, ["second"], iter([sample]))["second"]
+        goal = measure_channels(members[0], ["second"], iter([sample]))["second"]
+    torch.testing.assert_close(ours.variance, goal.variance, rtol=1e-4, atol=1e-6)
+    assert merged.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"members": []}, "members: none"),
+        ({"weights": [1.0]}, "one number"),
+        ({"weights": [0.0, 0.0]}, "one number"),
+        ({"images": 1}, "images: 1"),
+    ],
+)
+def test_what_cannot_be(options, says, train_digits: ImageTensors) -> None:
+    members, merged = two_and_mean(resnet)
+    with pytest.raises(UserError, match=says):
+        repair(merged, **{"members": members, "dataset": train_digits, **options})
