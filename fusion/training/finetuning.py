@@ -97,7 +97,7 @@ class FineTuning:
         self,
         *,
         strategy: str = "head",
-        epochs: int = 5,
+        epochs: int = 3,
         lr: float = 2e-3,
         weight_decay: float = 0.01,
         batch_size: int = 128,
