@@ -3,6 +3,7 @@
 from fusion.method.base import BaseAlgorithm
 from fusion.method.dummy import DummyAlgorithm
 from fusion.method.git_rebasin import GitReBasin
+from fusion.method.interpolation_barrier import InterpolationBarrier
 from fusion.method.snr_selective_merge import SNRSelectiveMerge
 from fusion.method.task_vector_cos_similarity import TaskVectorCosSimilarity
 from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
@@ -11,6 +12,7 @@ __all__ = [
     "BaseAlgorithm",
     "DummyAlgorithm",
     "GitReBasin",
+    "InterpolationBarrier",
     "SNRSelectiveMerge",
     "TaskVectorCosSimilarity",
     "TaskVectorViolinPlot",

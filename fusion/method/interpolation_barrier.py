@@ -1,0 +1,217 @@
+"""Accuracy and loss on the line between two networks: naive, aligned, repaired."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm import tqdm
+
+from fusion.alignment import align
+from fusion.alignment.align import By
+from fusion.data import seed_from
+from fusion.errors import UserError
+from fusion.files import write_text
+from fusion.method.aligned import check_alignable, images_of, symmetries
+from fusion.method.averaging import mean_network, treat
+from fusion.method.base import BaseAlgorithm
+from fusion.method.choice import check_choice
+from fusion.modelpool import BaseModelPool
+from fusion.taskpool import ClassificationTaskPool
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+ALIGNMENTS = ("none", "weights", "activations")
+TREATMENTS = ("merge", "recalibrate", "repair")  # of batch norm, at every point of the line
+
+
+class InterpolationBarrier(BaseAlgorithm):
+    """Walk from the pool's first expert to its second and measure what lies between them.
+
+    The second network is taken as it is, or aligned to the first by weights or by activations; at
+    each point of the line batch norm has the mixture's statistics, is recalibrated, or repaired
+    (REPAIR, arXiv 2211.08403). The barrier is how far the worst point falls below the line between
+    the ends (Frankle et al., arXiv 1912.05671; Git Re-Basin, arXiv 2209.04836).
+
+    Returns the first network. After ``run``, ``table`` holds what ``barrier.csv`` and
+    ``barrier.pdf``/``.png`` show.
+
+    Args:
+        alignments: of ``none``, ``weights``, ``activations``.
+        batch_norm: of ``merge``, ``recalibrate``, ``repair``.
+        points: how many points of the line are measured, its ends included.
+        calibration_images: how many training images are looked at, at most.
+        batch_size: images per forward pass.
+        plot: whether to draw the figure.
+        seed: of the descent's order and the sample of images.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+
+    def __init__(
+        self,
+        *,
+        alignments: Sequence[str] = ALIGNMENTS,
+        batch_norm: Sequence[str] = TREATMENTS,
+        points: int = 11,
+        calibration_images: int = 2000,
+        batch_size: int = 128,
+        plot: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name in alignments:
+            check_choice("alignments", name, ALIGNMENTS)
+        for name in batch_norm:
+            check_choice("batch_norm", name, TREATMENTS)
+        if points < 3:
+            raise UserError(f"points is {points}; a line needs its two ends and a point between")
+        self.alignments = list(alignments)
+        self.batch_norm = list(batch_norm)
+        self.points = points
+        self.calibration_images = calibration_images
+        self.batch_size = batch_size
+        self.plot = plot
+        self.seed = seed
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row for each alignment, treatment and point ``t``: ``accuracy`` and ``loss``."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows)
+
+    def check_pool(self, modelpool: BaseModelPool) -> None:
+        """Check that there are two networks of one architecture, and images to measure them on.
+
+        Raises:
+            UserError: says what is missing.
+        """
+        if len(modelpool) != 2:
+            raise UserError(
+                f"interpolation_barrier walks between two experts, and the pool has "
+                f"{len(modelpool)}; name two"
+            )
+        modelpool.preflight()
+        for kind, names in (
+            ("train", modelpool.train_dataset_names),
+            ("test", modelpool.test_dataset_names),
+        ):
+            if not names:
+                raise UserError(f"interpolation_barrier needs images; add {kind}_datasets")
+        check_alignable(modelpool)
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Measure the line; return the first network."""
+        first, second = (modelpool.load_model(name).eval() for name in modelpool.model_names)
+        name = modelpool.test_dataset_names[0]
+        tasks = ClassificationTaskPool({name: modelpool.load_test_dataset(name)})
+        tasks.fabric = self.fabric
+        ends = {how: self._aligned(second, first, how, modelpool) for how in self.alignments}
+        grid = list(itertools.product(self.alignments, self.batch_norm, range(self.points)))
+        self._rows = []
+        hidden = None if self.progress is None else not self.progress
+        for how, treatment, point in tqdm(grid, desc="Walking", unit="point", disable=hidden):
+            t = point / (self.points - 1)
+            between = self._between(first, ends[how], t, treatment, modelpool)
+            found = tasks.evaluate(between)[name]
+            self._rows.append(
+                {
+                    "alignment": how,
+                    "batch_norm": treatment,
+                    "t": t,
+                    "accuracy": found["accuracy"],
+                    "loss": found["loss"],
+                }
+            )
+        self.report["barrier"] = barriers(self.table).to_dict(orient="records")
+        self._keep()
+        return first
+
+    def _aligned(
+        self, model: nn.Module, reference: nn.Module, how: str, modelpool: BaseModelPool
+    ) -> nn.Module:
+        if how == "none":
+            return model
+        by: By = "activations" if how == "activations" else "weights"
+        sample = images_of(
+            modelpool,
+            batch_size=self.batch_size,
+            limit=self.calibration_images,
+            seed=seed_from(self.seed, "activations"),
+        )
+        with self.profile(f"align by {how}"):
+            return align(
+                model,
+                reference,
+                spec=symmetries(reference, modelpool),
+                by=by,
+                data=list(sample) if by == "activations" else None,
+                seed=self.seed,
+                device=self.fabric.device,
+            ).model
+
+    def _between(
+        self, first: nn.Module, second: nn.Module, t: float, treatment: str, pool: BaseModelPool
+    ) -> nn.Module:
+        if t in (0.0, 1.0):
+            return copy.deepcopy(second if t else first)
+        weights = [1 - t, t]
+        return treat(
+            mean_network(first, [first.state_dict(), second.state_dict()], weights),
+            treatment,
+            pool,
+            self.fabric,
+            members=[first, second],
+            weights=weights,
+            images=self.calibration_images,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def _keep(self) -> None:
+        for row in self.report["barrier"]:
+            log.info(
+                "%s alignment, batch norm %s: midpoint %.1f %%, barrier %.1f points",
+                row["alignment"],
+                row["batch_norm"],
+                100 * row["midpoint"],
+                100 * row["barrier"],
+            )
+        if self.output_path is not None and self.fabric.is_global_zero:
+            write_text(self.output_path / "barrier.csv", self.table.to_csv(index=False))
+            if self.plot:
+                from fusion.figures.barrier import barrier_figure
+                from fusion.figures.style import save_figure
+
+                save_figure(barrier_figure(self.table), self.output_path, "barrier")
+
+
+def barriers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return for each alignment and treatment the midpoint's accuracy and the barrier.
+
+    The barrier is the largest fall of the accuracy below the line between the ends, 0 at least.
+    """
+    import pandas as pd
+
+    rows = []
+    for (how, treatment), line in table.groupby(["alignment", "batch_norm"], sort=False):
+        t, accuracy = line.sort_values("t")[["t", "accuracy"]].to_numpy(dtype=float).T
+        straight = accuracy[0] + (accuracy[-1] - accuracy[0]) * t
+        rows.append(
+            {
+                "alignment": how,
+                "batch_norm": treatment,
+                "midpoint": float(accuracy[abs(t - 0.5).argmin()]),
+                "barrier": float((straight - accuracy).max()),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,77 @@
+"""The barrier between networks trained from different initialisations, over several pairs.
+
+One run of ``method=interpolation_barrier`` per seed, through the configuration, then the mean and
+the standard error over the pairs: a Markdown table, ``barrier.csv`` and ``barrier.pdf``/``.png``.
+
+    .venv/bin/python scripts/interpolation_barrier.py --pairs 5 --output barrier
+    .venv/bin/python scripts/interpolation_barrier.py --pool my_pair --config-dir my_conf
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fusion.cli.job import register_resolvers
+from fusion.cli.main import config_dir
+from fusion.figures.barrier import barrier_figure
+from fusion.figures.style import save_figure
+from fusion.files import write_text
+from fusion.method.interpolation_barrier import barriers
+from fusion.target import build
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pool", default="digits_pair", help="a pool of two networks")
+    parser.add_argument("--config-dir", type=Path, default=config_dir(), help="where it lies")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("outputs/barrier"))
+    parser.add_argument("overrides", nargs="*", help="further options, as for fusion_bench")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    register_resolvers()
+    tables = []
+    for seed in range(arguments.pairs):
+        with initialize_config_dir(str(arguments.config_dir.resolve()), version_base="1.3"):
+            chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
+            config = compose("fusion_bench", overrides=[*chosen, *arguments.overrides])
+        method, pool = (
+            build(OmegaConf.to_container(config[key], resolve=True))
+            for key in ("method", "modelpool")
+        )
+        method.run(pool)
+        tables.append(method.table.assign(pair=seed))
+    table = pd.concat(tables)
+    write_text(arguments.output / "barrier.csv", table.to_csv(index=False))
+    save_figure(barrier_figure(table), arguments.output, "barrier")
+    print(markdown(table))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return the midpoint's accuracy and the barrier, mean ± standard error over the pairs."""
+    found = pd.concat([barriers(pair) for _, pair in table.groupby("pair")])
+    ends = 100 * table.loc[table["t"].isin([0, 1]), "accuracy"]
+    lines = [
+        f"Parents: {ends.min():.1f} to {ends.max():.1f} %",
+        "",
+        "| alignment | batch norm | midpoint, % | barrier, points |",
+        "|---|---|---|---|",
+    ]
+    for (how, treatment), rows in found.groupby(["alignment", "batch_norm"], sort=False):
+        cells = [
+            f"{100 * rows[key].mean():.1f} ± {100 * rows[key].sem():.1f}"
+            for key in ("midpoint", "barrier")
+        ]
+        lines.append(f"| {how} | {treatment} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

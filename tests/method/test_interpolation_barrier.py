@@ -1,0 +1,67 @@
+"""The line between two networks: its ends, a shuffled copy, and the barrier's arithmetic."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from fusion.alignment import apply_permutation, permutation_spec, random_permutation
+from fusion.errors import UserError
+from fusion.method import InterpolationBarrier
+from fusion.method.interpolation_barrier import barriers
+from fusion.modelpool import BaseModelPool
+
+
+@pytest.fixture
+def pair(base, train_digits, test_digits):
+    """A network and a copy whose units stand in another order."""
+    spec = permutation_spec(base, torch.zeros(1, 1, 8, 8))
+    copy = apply_permutation(base, spec, random_permutation(spec, seed=1))
+    return BaseModelPool(
+        {"first": base, "second": copy},
+        train_datasets={"_pretrained_": train_digits},
+        test_datasets={"_pretrained_": test_digits},
+    )
+
+
+def test_a_shuffled_copy_has_no_barrier_once_it_is_aligned(pair, base, equal, tmp_path):
+    walk = InterpolationBarrier(points=3, calibration_images=200)
+    walk.output_path = tmp_path
+    assert equal(walk.run(pair), base)
+    table = walk.table
+    assert len(table) == 3 * 3 * 3
+    ends = table[table["t"].isin([0, 1])]
+    assert ends["accuracy"].nunique() == 1
+    aligned = table.query("alignment == 'weights' and batch_norm == 'merge'")
+    assert aligned["loss"].max() - aligned["loss"].min() < 1e-4
+    naive = table.query("alignment == 'none' and batch_norm == 'merge'")
+    assert naive["loss"].max() - naive["loss"].min() > 1e-2
+    written = pd.read_csv(tmp_path / "barrier.csv")
+    pd.testing.assert_frame_equal(written, table)
+    assert (tmp_path / "barrier.pdf").is_file()
+
+
+def test_the_barrier_is_the_fall_below_the_straight_line():
+    line = pd.DataFrame(
+        {
+            "alignment": "none",
+            "batch_norm": "merge",
+            "t": [1.0, 0.0, 0.5, 0.25, 0.75],
+            "accuracy": [1.0, 0.8, 0.5, 0.6, 0.95],
+        }
+    )
+    (row,) = barriers(line).to_dict(orient="records")
+    assert row["midpoint"] == 0.5
+    assert row["barrier"] == pytest.approx(0.4)
+
+
+def test_what_is_missing_is_told(pair, base):
+    with pytest.raises(UserError, match="the pool has 1"):
+        InterpolationBarrier().run({"first": base})
+    with pytest.raises(UserError, match="add train_datasets"):
+        InterpolationBarrier().run({"first": base, "second": base})
+    with pytest.raises(UserError, match="did you mean 'weights'"):
+        InterpolationBarrier(alignments=["weight"])
+    with pytest.raises(UserError, match="points is 2"):
+        InterpolationBarrier(points=2)
