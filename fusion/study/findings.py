@@ -55,7 +55,7 @@ def findings(strategies: pd.DataFrame) -> list[str]:
     for strategy, rows in merged.groupby("strategy", sort=False):
         if strategy != NO_FINETUNING and rows["finetuned_accuracy"].notna().any():
             found.append(_of_finetuning(str(strategy), rows, baseline is not None))
-    return found + _against_chance(strategies) + _of_the_clock(table)
+    return found + _against_chance(strategies) + _of_chance(table) + _of_the_clock(table)
 
 
 def series(strategies: pd.DataFrame) -> pd.Series[str]:
@@ -71,6 +71,18 @@ def series(strategies: pd.DataFrame) -> pd.Series[str]:
         return names
     random = (strategies["method.rank_by"] == "random") & ~departing[others].any(axis=1)
     return names.mask(random, "random")
+
+
+def _of_chance(table: pd.DataFrame) -> list[str]:
+    """Return how finely the test images can tell two models apart at all."""
+    accuracy, images = table["zero_shot_accuracy"].max(), table["images"].max()
+    if math.isnan(accuracy) or math.isnan(images):
+        return []
+    error = math.sqrt(accuracy * (1 - accuracy) / images)
+    return [
+        f"On {images:,.0f} test images an accuracy near {_percent(accuracy)} is known to "
+        f"± {100 * error:.1f} points (standard error); what differs by less has not been shown to."
+    ]
 
 
 def _of_the_clock(table: pd.DataFrame) -> list[str]:

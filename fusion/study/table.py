@@ -37,6 +37,7 @@ FIGURES = (
     "cycle_consistency",
     "run_seconds",
     "evaluate_seconds",
+    "images",
     *CHANGES,
 )
 _CHOICES = ("algorithm", "method", "modelpool", "taskpool", "strategy", SEED)
@@ -175,6 +176,7 @@ def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
             for metric in ("accuracy", "f1"):
                 if number == 0:  # the first task is the one that the study is about
                     row[f"{stage}_{metric}"] = metrics.get(metric)
+                    row["images"] = metrics.get("images")
                 row[f"{task}/{stage}/{metric}"] = metrics.get(metric)
     return row
 
