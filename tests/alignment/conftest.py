@@ -104,17 +104,22 @@ def randomise(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
                 p.copy_(uniform(p, 0.0, 1.0))  # positive: few units are dead after a ReLU
             elif p.ndim <= 1 or name.endswith("layer_scale"):
                 p.copy_(uniform(p, 0.5, 1.5))
-        # True statistics first, so that the signal survives to the last layer; then off by half.
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        model.train()(x)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.running_mean += norm.running_var.sqrt() * uniform(norm.running_mean, -0.5, 0.5)
-            norm.running_var *= uniform(norm.running_var, 0.5, 1.5)
-    return model.eval()
+    model.eval()
+
+    def off_by_half(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        # What arrives has passed the layers before as they are now: nothing grows on the way.
+        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        var = var.clamp(min=float(var.mean()))  # of two values it can be next to nothing
+        norm.running_mean = mean + var.sqrt() * uniform(mean, -0.5, 0.5)
+        norm.running_var = var * uniform(var, 0.5, 1.5)
+
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(off_by_half) for norm in norms]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
 @functools.cache

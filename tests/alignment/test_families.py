@@ -21,7 +21,8 @@ from fusion.alignment import (
 )
 
 Member = tuple[nn.Module, Tensor, PermutationSpec]
-ROUNDING = 1e-12  # in float64; EfficientNet's smallest real error is about 1e-11
+ROUNDING = 1e-12  # in float64, of the output
+ERROR = 1e-6  # what a symmetry that misses one entry changes the output by, at least
 ENTRIES = 8  # left out one at a time, drawn from all of them; `slow` leaves out every one
 MANY = 15_000_000  # parameters from which on a test takes seconds
 
@@ -75,7 +76,7 @@ def test_no_entry_can_be_left_out(member: Member) -> None:
     entries = 2 if is_large(model) else ENTRIES
     for g, e in random.Random(0).sample(left_out(spec), entries):
         change = distance(expected, output(without_one(model, spec, g, e), x))
-        assert change > ROUNDING, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
+        assert change > ERROR, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
 
 
 @pytest.mark.slow
@@ -84,7 +85,7 @@ def test_not_one_entry_can_be_left_out(member: Member) -> None:
     expected = output(model, x)
     for g, e in left_out(spec):
         change = distance(expected, output(without_one(model, spec, g, e), x))
-        assert change > ROUNDING, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
+        assert change > ERROR, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -155,4 +156,4 @@ def test_every_constructor(name: str, request: pytest.FixtureRequest) -> None:
     del permuted
     for g, e in random.Random(0).sample(left_out(spec), 3):
         change = distance(expected, output(without_one(model, spec, g, e), x))
-        assert change > ROUNDING, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
+        assert change > ERROR, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
