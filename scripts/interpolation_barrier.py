@@ -55,20 +55,21 @@ def main() -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Return the midpoint's accuracy and the barrier, mean ± standard error over the pairs."""
+    """Return the midpoint's accuracy and the barriers, mean ± standard error over the pairs."""
     found = pd.concat([barriers(pair) for _, pair in table.groupby("pair")])
     ends = 100 * table.loc[table["t"].isin([0, 1]), "accuracy"]
     lines = [
         f"Parents: {ends.min():.1f} to {ends.max():.1f} %",
         "",
-        "| alignment | batch norm | midpoint, % | barrier, points |",
-        "|---|---|---|---|",
+        "| alignment | batch norm | midpoint, % | barrier, points | in the loss, nats |",
+        "|---|---|---|---|---|",
     ]
     for (how, treatment), rows in found.groupby(["alignment", "batch_norm"], sort=False):
         cells = [
-            f"{100 * rows[key].mean():.1f} ± {100 * rows[key].sem():.1f}"
-            for key in ("midpoint", "barrier")
-        ]
+            f"{scale * rows[key].mean():.{digits}f} ± {scale * rows[key].sem():.{digits}f}"
+            for key, scale, digits in (("midpoint", 100, 1), ("barrier", 100, 1),
+                                       ("loss_barrier", 1, 2))
+        ]  # fmt: skip
         lines.append(f"| {how} | {treatment} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TITLES = {
+    "interpolate": "interpolated",
     "merge": "mixture's statistics",
     "recalibrate": "recalibrated",
     "repair": "REPAIR",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 INTERPOLATIONS = ("lerp", "slerp")
-TREATMENTS = (*bn.TREATMENTS, "repair")
+TREATMENTS = ("pretrained", "merge", "interpolate", "recalibrate", "repair", "auto")
 
 
 def mean_network(
@@ -40,7 +40,8 @@ def mean_network(
         members: their state dicts.
         weights: of the members; only their ratios count. Equal ones by default.
         interpolation: ``lerp`` (weighted mean) or ``slerp`` (on the sphere), tensor by tensor.
-        statistics: batch norm's running statistics: ``merge`` (those of the mixture) or
+        statistics: batch norm's running statistics: ``merge`` (those of the mixture: for members
+            that saw different data), ``interpolate`` (the weighted mean, as of any tensor) or
             ``pretrained`` (those of ``like``).
     """
     mean = spherical_mean if interpolation == "slerp" else weighted_mean
@@ -58,6 +59,10 @@ def mean_network(
     if statistics == "merge":
         for pair in pairs:
             merged |= bn.merged_statistics(state, pair, members, weights)
+    elif statistics == "interpolate":
+        for key in kept:
+            mixed = weighted_mean([bn.working(member[key]) for member in members], weights)
+            merged[key] = mixed.to(state[key].dtype)
     result.load_state_dict({**state, **merged})
     return result
 
@@ -65,9 +70,14 @@ def mean_network(
 def check_treatment(treatment: str, modelpool: BaseModelPool, model: nn.Module) -> str:
     """Return what ``treatment`` of batch norm stands for here; REPAIR needs no batch norm.
 
+    ``auto`` recalibrates where the pool has training data, else interpolates: midway between
+    networks trained apart that was better than the mixture's statistics on every pair tried.
+
     Raises:
         UserError: it needs training data, and the pool has none.
     """
+    if treatment == "auto" and not modelpool.train_dataset_names:
+        treatment = "interpolate"
     if treatment != "repair":
         return bn.chosen_treatment(treatment, modelpool, model)
     if not modelpool.train_dataset_names:

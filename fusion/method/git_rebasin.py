@@ -55,9 +55,10 @@ class GitReBasin(BaseAlgorithm):
             nothing moves (Algorithm 3, MergeMany); a pretrained model then only gives the head.
         interpolation: ``lerp`` (mean) or ``slerp`` (mean on the sphere), tensor by tensor.
         batch_norm: running statistics: ``pretrained`` (the reference's), ``merge`` (those of the
-            mixture), ``recalibrate`` (measured anew on a sample of the pool's training data),
-            ``repair`` (every channel's mean and deviation brought to the mean of the members',
-            also without batch norm), ``auto`` (recalibrate where the pool has data, else merge).
+            mixture of the members' data), ``interpolate`` (their plain mean), ``recalibrate``
+            (measured anew on a sample of the pool's training data), ``repair`` (every channel's
+            mean and deviation brought to the mean of the members', also without batch norm),
+            ``auto`` (recalibrate where the pool has data, else interpolate).
         calibration_images: how many images are looked at, at most.
         batch_size: images per forward pass.
         example_input: shape of one image, (C, H, W); by default the pool's first training image,
@@ -160,7 +161,7 @@ class GitReBasin(BaseAlgorithm):
             reference,
             list(experts.values()),
             interpolation=self.interpolation,
-            statistics="pretrained" if treatment == "pretrained" else "merge",
+            statistics=treatment if treatment in ("pretrained", "merge") else "interpolate",
         )
         members = []
         if treatment == "repair":

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALIGNMENTS = ("none", "weights", "activations")
-TREATMENTS = ("merge", "recalibrate", "repair")  # of batch norm, at every point of the line
+TREATMENTS = ("interpolate", "merge", "recalibrate", "repair")  # of batch norm, at every point
 
 
 class InterpolationBarrier(BaseAlgorithm):
     """Walk from the pool's first expert to its second and measure what lies between them.
 
     The second network is taken as it is, or aligned to the first by weights or by activations; at
-    each point of the line batch norm has the mixture's statistics, is recalibrated, or repaired
-    (REPAIR, arXiv 2211.08403). The barrier is how far the worst point falls below the line between
+    each point of the line batch norm's statistics are interpolated like every other tensor, those
+    of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is how far the worst point falls below the line between
     the ends (Frankle et al., arXiv 1912.05671; Git Re-Basin, arXiv 2209.04836).
 
     Returns the first network. After ``run``, ``table`` holds what ``barrier.csv`` and
@@ -45,7 +45,7 @@ class InterpolationBarrier(BaseAlgorithm):
 
     Args:
         alignments: of ``none``, ``weights``, ``activations``.
-        batch_norm: of ``merge``, ``recalibrate``, ``repair``.
+        batch_norm: of ``interpolate``, ``merge``, ``recalibrate``, ``repair``.
         points: how many points of the line are measured, its ends included.
         calibration_images: how many training images are looked at, at most.
         batch_size: images per forward pass.
@@ -60,7 +60,7 @@ class InterpolationBarrier(BaseAlgorithm):
         self,
         *,
         alignments: Sequence[str] = ALIGNMENTS,
-        batch_norm: Sequence[str] = TREATMENTS,
+        batch_norm: Sequence[str] = ("interpolate", "recalibrate", "repair"),
         points: int = 11,
         calibration_images: int = 2000,
         batch_size: int = 128,
@@ -166,7 +166,12 @@ class InterpolationBarrier(BaseAlgorithm):
             return copy.deepcopy(second if t else first)
         weights = [1 - t, t]
         return treat(
-            mean_network(first, [first.state_dict(), second.state_dict()], weights),
+            mean_network(
+                first,
+                [first.state_dict(), second.state_dict()],
+                weights,
+                statistics="merge" if treatment == "merge" else "interpolate",
+            ),
             treatment,
             pool,
             self.fabric,
@@ -180,11 +185,12 @@ class InterpolationBarrier(BaseAlgorithm):
     def _keep(self) -> None:
         for row in self.report["barrier"]:
             log.info(
-                "%s alignment, batch norm %s: midpoint %.1f %%, barrier %.1f points",
+                "%s alignment, batch norm %s: midpoint %.1f %%, barrier %.1f points, %.2f nats",
                 row["alignment"],
                 row["batch_norm"],
                 100 * row["midpoint"],
                 100 * row["barrier"],
+                row["loss_barrier"],
             )
         if self.output_path is not None and self.fabric.is_global_zero:
             write_text(self.output_path / "barrier.csv", self.table.to_csv(index=False))
@@ -198,20 +204,22 @@ class InterpolationBarrier(BaseAlgorithm):
 def barriers(table: pd.DataFrame) -> pd.DataFrame:
     """Return for each alignment and treatment the midpoint's accuracy and the barrier.
 
-    The barrier is the largest fall of the accuracy below the line between the ends, 0 at least.
+    ``barrier`` is the largest fall of the accuracy below the line between the ends (0..1),
+    ``loss_barrier`` the largest rise of the loss above it (nats); 0 at least.
     """
     import pandas as pd
 
     rows = []
     for (how, treatment), line in table.groupby(["alignment", "batch_norm"], sort=False):
-        t, accuracy = line.sort_values("t")[["t", "accuracy"]].to_numpy(dtype=float).T
-        straight = accuracy[0] + (accuracy[-1] - accuracy[0]) * t
+        t, accuracy, loss = line.sort_values("t")[["t", "accuracy", "loss"]].to_numpy(float).T
+        expected, bound = (ends[0] + (ends[-1] - ends[0]) * t for ends in (accuracy, loss))
         rows.append(
             {
                 "alignment": how,
                 "batch_norm": treatment,
                 "midpoint": float(accuracy[abs(t - 0.5).argmin()]),
-                "barrier": float((straight - accuracy).max()),
+                "barrier": float((expected - accuracy).max()),
+                "loss_barrier": float((loss - bound).max()),
             }
         )
     return pd.DataFrame(rows)

@@ -103,6 +103,20 @@ def test_the_pretrained_model_is_the_reference_and_no_part_of_the_mean(base, pee
     assert "mean without alignment" in rebasin.references
 
 
+def test_without_images_statistics_are_interpolated_or_those_of_the_mixture(peers):
+    states = [peer.state_dict() for peer in peers.values()]
+    mean = {key: torch.stack([s[key].float() for s in states]).mean(0) for key in states[0]}
+    plain = GitReBasin(plot=False)
+    statistics = plain.run(dict(peers)).state_dict()
+    assert plain.report["batch_norm"] == "interpolate"
+    mixture = GitReBasin(batch_norm="merge", plot=False).run(dict(peers)).state_dict()
+    for key in (key for key in mean if "running" in key):
+        torch.testing.assert_close(statistics[key], mean[key])
+        if key.endswith("var"):
+            means = torch.stack([s[key.replace("var", "mean")] for s in states])
+            torch.testing.assert_close(mixture[key], mean[key] + means.var(0, correction=0))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -33,9 +33,9 @@ def test_a_shuffled_copy_has_no_barrier_once_it_is_aligned(pair, base, equal, tm
     assert len(table) == 3 * 3 * 3
     ends = table[table["t"].isin([0, 1])]
     assert ends["accuracy"].nunique() == 1
-    aligned = table.query("alignment == 'weights' and batch_norm == 'merge'")
+    aligned = table.query("alignment == 'weights' and batch_norm == 'interpolate'")
     assert aligned["loss"].max() - aligned["loss"].min() < 1e-4
-    naive = table.query("alignment == 'none' and batch_norm == 'merge'")
+    naive = table.query("alignment == 'none' and batch_norm == 'interpolate'")
     assert naive["loss"].max() - naive["loss"].min() > 1e-2
     written = pd.read_csv(tmp_path / "barrier.csv")
     pd.testing.assert_frame_equal(written, table)
@@ -49,11 +49,13 @@ def test_the_barrier_is_the_fall_below_the_straight_line():
             "batch_norm": "merge",
             "t": [1.0, 0.0, 0.5, 0.25, 0.75],
             "accuracy": [1.0, 0.8, 0.5, 0.6, 0.95],
+            "loss": [0.2, 0.6, 1.4, 0.5, 0.3],
         }
     )
     (row,) = barriers(line).to_dict(orient="records")
     assert row["midpoint"] == 0.5
     assert row["barrier"] == pytest.approx(0.4)
+    assert row["loss_barrier"] == pytest.approx(1.0)
 
 
 def test_what_is_missing_is_told(pair, base):
