@@ -138,7 +138,9 @@ class _Recorder:
             def keep(
                 module: nn.Module, args: Any, output: Tensor, key: str = key, axis: int = axis
             ) -> None:
-                self.kept.setdefault(key, []).append(output.detach().movedim(axis, 0).flatten(1))
+                # A copy in any case: the next operation may work in place (`ReLU(inplace=True)`).
+                rows = output.detach().movedim(axis, 0).clone(memory_format=torch.contiguous_format)
+                self.kept.setdefault(key, []).append(rows.flatten(1))
 
             self.handles.append(self.model.get_submodule(name).register_forward_hook(keep))
         return self

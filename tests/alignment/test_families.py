@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,18 @@ def test_a_planted_permutation_is_recovered_at_any_noise(member: Member, noise: 
     check_recovery(member[0], member[2], noise)
 
 
-def check_recovery(model: nn.Module, spec: PermutationSpec, noise: float) -> None:
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_planted_permutation_is_recovered_by_activations(member: Member, large: bool) -> None:
+    model, x, spec = member
+    if is_large(model) != large:
+        pytest.skip("the large members are under the marker slow, the others are not")
+    images = torch.randn(32, *x.shape[1:], generator=torch.Generator().manual_seed(5))
+    check_recovery(model, spec, by="activations", data=[images])
+
+
+def check_recovery(
+    model: nn.Module, spec: PermutationSpec, noise: float = 0.0, **options: Any
+) -> None:
     reference = copy.deepcopy(model).float()
     planted = random_permutation(spec, 3)
     other = apply_permutation(reference, spec, planted)
@@ -109,7 +121,7 @@ def check_recovery(model: nn.Module, spec: PermutationSpec, noise: float) -> Non
     with torch.no_grad():
         for p in other.parameters():
             p += noise * p.square().mean().sqrt() * torch.randn(p.shape, generator=generator)
-    found = align(other, reference, spec=spec)
+    found = align(other, reference, spec=spec, **options)
     assert found.objective_after >= found.objective_before
     back = inverse(spec, planted)
     assert all(torch.equal(found.permutations[name], p) for name, p in back.items())
