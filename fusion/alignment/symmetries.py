@@ -248,6 +248,11 @@ class _Finder:
     def spec(self) -> PermutationSpec:
         """Write the groups, what is fixed, and how much is covered."""
         families = self._families()
+        # Unit i of a group inside one block must be what unit i is in every other block: there
+        # units are numbered by their place in the block, not in the pass.
+        number = np.arange(len(self.is_fixed))
+        for family in families:
+            number[family] = np.arange(family.shape[1])
         colours, size = np.unique(self.colour[~self.is_fixed], return_counts=True)
         group_sizes = dict(zip(colours.tolist(), size.tolist(), strict=True))
         entries: dict[int, list[Entry]] = defaultdict(list)  # colour -> entries
@@ -255,7 +260,7 @@ class _Finder:
             free = np.flatnonzero(~self.is_fixed[place.units])
             units = place.units[free]
             colour = self.colour[units]
-            order = np.lexsort((place.marks[free], units, colour))
+            order = np.lexsort((place.marks[free], number[units], colour))
             cuts = np.flatnonzero(np.diff(colour[order])) + 1
             for part in np.split(order, cuts):
                 if len(part) and group_sizes[int(colour[part[0]])] > 1:

@@ -37,8 +37,9 @@ class InterpolationBarrier(BaseAlgorithm):
 
     The second network is taken as it is, or aligned to the first by weights or by activations; at
     each point of the line batch norm's statistics are interpolated like every other tensor, those
-    of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is how far the worst point falls below the line between
-    the ends (Frankle et al., arXiv 1912.05671; Git Re-Basin, arXiv 2209.04836).
+    of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is how far the
+    worst point falls below the line between the ends (Frankle et al., arXiv 1912.05671; Git
+    Re-Basin, arXiv 2209.04836).
 
     Returns the first network. After ``run``, ``table`` holds what ``barrier.csv`` and
     ``barrier.pdf``/``.png`` show.

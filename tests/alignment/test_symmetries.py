@@ -203,6 +203,19 @@ def test_what_is_not_proven_stays_fixed_and_is_named() -> None:
     assert "a: 6 units" in str(spec)
 
 
+def test_a_hook_that_the_graph_does_not_show_is_not_passed_over() -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = Net(lambda m, x: m.head(m.b(m.a(x)).mean((2, 3))), a=conv(3, 6), b=conv(6, 8),
+                head=nn.Linear(8, 4)).double().eval()  # fmt: skip
+    ramp = torch.arange(1.0, 9.0, dtype=torch.float64).view(-1, 1, 1)
+    model.b.register_forward_hook(lambda module, args, output: output * ramp.to(output.device))
+    spec = permutation_spec(model, x)
+    assert "b (Conv2d), which has hooks" in {f.reason for f in spec.fixed}
+    permuted = apply_permutation(model, spec, random_permutation(spec, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(permuted(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_inputs_are_untouched_and_metadata_stays() -> None:
     model = OURS["separable"]().eval()
     state = model.state_dict()
