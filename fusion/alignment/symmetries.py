@@ -14,8 +14,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from fusion.alignment.labeller import Labeller
 from fusion.alignment.labels import FIXED, Ledger
-from fusion.alignment.rules import Labeller
+from fusion.alignment.rules import Rules
 from fusion.alignment.spec import Entry, Fixed, Group, PermutationSpec
 from fusion.alignment.tracing import trace
 from fusion.errors import UserError
@@ -46,14 +47,14 @@ def permutation_spec(
     labeller = Labeller(model)
     labeller.walk(trace(model, inputs))
     parameters = {name for name, _ in model.named_parameters()}
-    if not parameters <= _reached(labeller):
+    if not parameters <= _reached(labeller.rules):
         try:
             graph = trace(model, inputs, training=True)
         except UserError:
             pass  # training mode may need a larger image: its parameters are named as not used
         else:
             labeller.walk(graph)
-    return _Finder(labeller, model).spec()
+    return _Finder(labeller.rules, model).spec()
 
 
 def require_eval_mode(model: nn.Module, which: str) -> None:
@@ -71,10 +72,10 @@ def require_eval_mode(model: nn.Module, which: str) -> None:
         )
 
 
-def _reached(labeller: Labeller) -> set[str]:
-    used = {use.tensor for use in labeller.ledger.uses.values()}
-    used |= labeller.elementwise.keys() | labeller.refused.keys()
-    return {key for key, first in labeller.first_name.items() if first in used}
+def _reached(rules: Rules) -> set[str]:
+    used = {use.tensor for use in rules.ledger.uses.values()}
+    used |= rules.elementwise_parameters.keys() | rules.refused.keys()
+    return {key for key, first in rules.first_name.items() if first in used}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +92,13 @@ class _Location:
 class _Finder:
     """Refines units into groups and blocks, and writes them down tensor by tensor."""
 
-    def __init__(self, labeller: Labeller, model: nn.Module) -> None:
-        self.labeller = labeller
-        self.ledger: Ledger = labeller.ledger
+    def __init__(self, rules: Rules, model: nn.Module) -> None:
+        self.rules = rules
+        self.ledger: Ledger = rules.ledger
         self.shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.names: dict[str, list[str]] = defaultdict(list)  # first key -> all keys of the tensor
-        for key, first in labeller.first_name.items():
+        for key, first in rules.first_name.items():
             self.names[first].append(key)
         self.unit_of = self._merge()  # label -> unit
         self.reasons: dict[int, str] = {}
@@ -153,7 +154,7 @@ class _Finder:
             _Location(use.tensor, use.axis, use.rows, self._units(use.labels), _array(use.marks))
             for use in self.ledger.uses.values()
         ]
-        for tensor, labels in self.labeller.elementwise.items():
+        for tensor, labels in self.rules.elementwise_parameters.items():
             units = self._units(labels.units)
             varying = [a for a in range(units.ndim) if (units != units.take([0], axis=a)).any()]
             if len(varying) > 1:
@@ -328,9 +329,9 @@ class _Finder:
                 counts[place.tensor, place.axis, reason] += 1
         fixed = [Fixed(t, axis, n, why) for (t, axis, why), n in counts.items()]
         for key in self.parameters:
-            first = self.labeller.first_name[key]
+            first = self.rules.first_name[key]
             if not any((first, axis) in seen for axis in range(len(self.shapes[key]))):
-                why = self.labeller.refused.get(first, "the forward pass, which does not use it")
+                why = self.rules.refused.get(first, "the forward pass, which does not use it")
                 fixed.append(Fixed(key, 0, self.shapes[key][0] if self.shapes[key] else 1, why))
         order = {key: i for i, key in enumerate(self.shapes)}
         return tuple(sorted(fixed, key=lambda f: (order[f.tensor], f.axis)))
@@ -348,7 +349,7 @@ class _Finder:
                 count[slice(*entry.rows) if entry.rows else slice(None)] += entry.positions.numel()
         total = left = 0
         for key in self.parameters:
-            if self.labeller.first_name[key] != key:
+            if self.rules.first_name[key] != key:
                 continue
             shape = self.shapes[key]
             total += math.prod(shape)

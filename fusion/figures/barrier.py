@@ -49,6 +49,7 @@ def barrier_figure(table: pd.DataFrame) -> Figure:
                         linestyle=style.linestyle,
                         marker=style.marker,
                         label=_NAMES.get(how, how),
+                        clip_on=False,
                     )
                     axes.fill_between(
                         mean.index, mean - error, mean + error, color=style.color, alpha=0.2, lw=0
