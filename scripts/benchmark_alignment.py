@@ -115,7 +115,7 @@ def main() -> None:
     rows = []
     for name in arguments.families:
         rows.append(measure(name))
-        print(rows[-1], flush=True)
+        print(f"{name}: {rows[-1]['recovered']:.1%} in {rows[-1]['match (s)']} s", flush=True)
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     if arguments.output:
