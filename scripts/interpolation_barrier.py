@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/barrier"))
     parser.add_argument("overrides", nargs="*", help="further options, as for fusion_bench")
     arguments = parser.parse_args()
+    if arguments.pairs < 1:
+        parser.error(f"--pairs is {arguments.pairs}; give 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     register_resolvers()
@@ -42,10 +44,11 @@ def main() -> None:
         with initialize_config_dir(str(arguments.config_dir.resolve()), version_base="1.3"):
             chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
             config = compose("fusion_bench", overrides=[*chosen, *arguments.overrides])
-        method, pool = (
+        method, pool, fabric = (
             build(OmegaConf.to_container(config[key], resolve=True))
-            for key in ("method", "modelpool")
+            for key in ("method", "modelpool", "fabric")
         )
+        method.fabric = fabric
         method.run(pool)
         tables.append(method.table.assign(pair=seed))
     table = pd.concat(tables)
@@ -66,12 +69,17 @@ def markdown(table: pd.DataFrame) -> str:
     ]
     for (how, treatment), rows in found.groupby(["alignment", "batch_norm"], sort=False):
         cells = [
-            f"{scale * rows[key].mean():.{digits}f} ± {scale * rows[key].sem():.{digits}f}"
-            for key, scale, digits in (("midpoint", 100, 1), ("barrier", 100, 1),
-                                       ("loss_barrier", 1, 2))
-        ]  # fmt: skip
+            mean_and_error(100 * rows["midpoint"], 1),
+            mean_and_error(100 * rows["barrier"], 1),
+            mean_and_error(rows["loss_barrier"], 2),
+        ]
         lines.append(f"| {how} | {treatment} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_and_error(values: pd.Series, digits: int) -> str:
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.sem():.{digits}f}"
 
 
 if __name__ == "__main__":

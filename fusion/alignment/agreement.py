@@ -12,9 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fusion.alignment.matching import Matching
-from fusion.alignment.spec import Entry, PermutationSpec
-from fusion.errors import UserError
+from fusion.alignment.spec import Entry, Group, PermutationSpec
+from fusion.errors import UserError, first_line
+from fusion.weights import working_dtype
 
+_AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,8 +32,8 @@ def by_weights(
 ) -> Matching:
     """Compare the parameters along every axis that the spec names.
 
-    Each tensor's inner product is divided by the root mean squares of both, so that it counts by
-    its number of elements, whatever its scale: the likelihood under noise relative to each tensor.
+    Each tensor is divided by its root mean square, so that it counts by its number of elements,
+    whatever its scale: the likelihood under noise relative to each tensor.
     (In a plain sum, the few large scales of a batch norm outvote the thousand small weights that
     they belong to.) The objective is then a mean cosine. Running statistics describe data, not
     the function's form, and do not count; nor do tensors whose shapes differ (heads).
@@ -42,12 +44,13 @@ def by_weights(
         for key in spec.by_tensor
         if key in ours and key in theirs and ours[key].shape == theirs[key].shape
     ]
-    a = {key: _prepared(ours[key], device) for key in keys}
-    b = {key: _prepared(theirs[key], device) for key in keys}
-    scales = {key: _rms(a[key]) * _rms(b[key]) for key in keys}
-    total = sum(a[key].numel() for key in keys if scales[key] > 0)
+    dtype = working_dtype([*ours.values(), *theirs.values()])
+    a = {key: _of_unit_scale(ours[key], dtype, device) for key in keys}
+    b = {key: _of_unit_scale(theirs[key], dtype, device) for key in keys}
     # A tensor of zeros agrees with nothing.
-    weight = {key: 1 / (scale * total) if scale > 0 else 0.0 for key, scale in scales.items()}
+    count = {key: a[key].numel() if a[key].any() and b[key].any() else 0 for key in keys}
+    total = sum(count.values())
+    weight = {key: 1 / total if count[key] else 0.0 for key in keys}
     return Matching(spec, a, b, weight, seed, max_sweeps)
 
 
@@ -68,72 +71,88 @@ def by_activations(
     both kinds of matching.
 
     Args:
-        data: Batches of images, or of tuples whose first part is one.
+        data: Batches of images, or of tuples whose first part is one; or one batch.
         model: A private copy in eval mode; it is moved to ``device``.
         reference: The same.
 
     Raises:
-        UserError: ``data`` is empty.
+        UserError: ``data`` is empty or does not fit the networks, or no module makes any units.
     """
-    outputs = _output_axes(model)
+    outputs = _outputs(model)
     groups = []
     for group in spec.groups:
-        made = [
-            Entry(entry.tensor, 0, entry.positions)  # the tables' rows are the model's channels
-            for entry in group.entries
-            if entry.rows is None and outputs.get(entry.tensor, ("", -1, 0))[1] == entry.axis
-        ]
+        made = []
+        for entry in group.entries:
+            if entry.tensor in outputs:
+                channels = _channels(entry, group, model.get_submodule(outputs[entry.tensor][0]))
+                if channels is not None:
+                    made.append(Entry(entry.tensor, 0, channels))  # rows: the model's channels
         groups.append(replace(group, entries=tuple(made)))
     seen = PermutationSpec(tuple(groups), spec.shapes)
-    tables = _correlations(model, reference, {k: outputs[k] for k in seen.by_tensor}, data, device)
+    if spec.groups and not seen.by_tensor:
+        raise UserError(
+            "by='activations' watches the outputs of convolution and linear modules, and none of "
+            "them makes the units of a group; choose by='weights'"
+        )
+    dtype = working_dtype([*model.parameters(), *reference.parameters()])
+    networks = model.to(device, dtype), reference.to(device, dtype)
+    tables = _correlations(*networks, {key: outputs[key] for key in seen.by_tensor}, data)
     eyes = {
         key: torch.eye(len(table), dtype=table.dtype, device=device)
         for key, table in tables.items()
     }
-    channels = sum(len(table) for table in tables.values())
-    weight = dict.fromkeys(tables, 1 / max(channels, 1))
+    total = sum(len(table) for table in tables.values())
+    weight = dict.fromkeys(tables, 1 / max(total, 1))
     return Matching(seen, tables, eyes, weight, seed, max_sweeps)
 
 
 def _correlations(
     model: nn.Module,
     reference: nn.Module,
-    watched: dict[str, tuple[str, int, int]],
+    watched: dict[str, tuple[str, int]],
     data: Iterable[Any],
-    device: torch.device,
 ) -> dict[str, Tensor]:
     """Return for each weight (channels, channels): model's channel by reference's channel."""
     moments = {key: _Moments() for key in watched}
-    model.to(device)
-    reference.to(device)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    some = next(p for p in model.parameters() if p.is_floating_point())
     images = 0
     with _Recorder(model, watched) as ours, _Recorder(reference, watched) as theirs:
-        for batch in tqdm(data, desc="activations", leave=False, disable=None):
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            x = x.to(device=device, dtype=dtype)
-            images += len(x)
-            with torch.no_grad():
-                model(x)
-                reference(x)
-            for key in watched:
-                moments[key].add(ours.take(key), theirs.take(key))
+        batches = [data] if isinstance(data, Tensor) else data
+        for batch in tqdm(batches, desc="activations", leave=False, disable=None):
+            pictures = batch[0] if isinstance(batch, tuple | list) else batch
+            for x in pictures.split(_AT_ONCE):
+                images += len(x)
+                _run(model, x.to(some))
+                _run(reference, x.to(some))
+                for key in watched:
+                    moments[key].add(ours.take(key), theirs.take(key))
     if images == 0:
         raise UserError("data: no images came; activations need at least one batch")
     return {key: moment.correlation() for key, moment in moments.items()}
 
 
+@torch.no_grad()
+def _run(model: nn.Module, x: Tensor) -> None:
+    try:
+        model(x)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"data: images of shape {tuple(x.shape)} do not fit {type(model).__name__} "
+            f"({first_line(error)}); give batches as the network takes them, (N, C, H, W)"
+        ) from error
+
+
 class _Recorder:
     """Keeps the outputs of the watched modules as (channels, samples)."""
 
-    def __init__(self, model: nn.Module, watched: dict[str, tuple[str, int, int]]) -> None:
+    def __init__(self, model: nn.Module, watched: dict[str, tuple[str, int]]) -> None:
         self.model = model
         self.watched = watched
         self.kept: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> _Recorder:
-        for key, (name, _, axis) in self.watched.items():
+        for key, (name, axis) in self.watched.items():
 
             def keep(
                 module: nn.Module, args: Any, output: Tensor, key: str = key, axis: int = axis
@@ -164,8 +183,6 @@ class _Moments:
     def add(self, ours: Tensor | None, theirs: Tensor | None) -> None:
         if ours is None or theirs is None:
             return
-        wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
-        ours, theirs = ours.to(wide), theirs.to(wide)
         if self.count == 0:
             # Differences from the first batch's means: small numbers, so their squares keep digits.
             self.shift = ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)
@@ -192,23 +209,42 @@ class _Moments:
         return torch.where(scale > 0, covariance / scale.clamp(min=1e-300), 0.0)
 
 
-def _output_axes(model: nn.Module) -> dict[str, tuple[str, int, int]]:
-    """Return for each weight its module, its own output axis and the channel axis of the output."""
+def _outputs(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Return for each weight its module and the channel axis of the module's output."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS):
-            found[f"{name}.weight"] = (name, 0, 1 - module.weight.ndim)
-        elif isinstance(module, _TRANSPOSED):
-            found[f"{name}.weight"] = (name, 1, 1 - module.weight.ndim)
+        if isinstance(module, _CONVOLUTIONS + _TRANSPOSED):
+            found[f"{name}.weight"] = (name, 1 - module.weight.ndim)
         elif isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = (name, 0, -1)
+            found[f"{name}.weight"] = (name, -1)
     return found
 
 
-def _prepared(tensor: Tensor, device: torch.device) -> Tensor:
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.detach().to(device=device, dtype=wide).contiguous()
+def _channels(entry: Entry, group: Group, module: nn.Module) -> Tensor | None:
+    """Return the output channels of ``module`` that an entry on its weight stands for.
+
+    None: the entry is on the weight's inputs. A grouped transposed convolution holds its outputs
+    group by group along axis 1; its blocks are told by the inputs that move with them.
+    """
+    if not isinstance(module, _TRANSPOSED):
+        return entry.positions if entry.axis == 0 else None
+    rows, width = module.in_channels // module.groups, module.out_channels // module.groups
+    if module.groups == 1:
+        return entry.positions if entry.axis == 1 else None
+    if entry.rows is not None:
+        return entry.positions + entry.rows[0] // rows * width
+    if rows == width == 1:  # depthwise
+        return entry.positions
+    if group.members:
+        return entry.positions[:, :1] // rows * width + torch.arange(width)
+    return None
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+def _of_unit_scale(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``tensor`` divided by its root mean square; zeros as they are."""
+    wide = tensor.detach().to(device).double()
+    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    if scale == 0:
+        return wide.to(dtype).contiguous()
+    wide = wide / scale  # first by the largest: the squares of tiny numbers are nothing
+    return (wide / wide.square().mean().sqrt()).to(dtype).contiguous()

@@ -125,6 +125,8 @@ def align(
     _require_one_architecture(model, reference, spec)
 
     where = torch.device(device) if device is not None else next(model.parameters()).device
+    if where.type == "mps":  # it has no float64, in which sums are kept
+        where = torch.device("cpu")
     if by == "weights":
         matching = by_weights(
             spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where
@@ -135,13 +137,15 @@ def align(
         matching = by_activations(
             spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
         )
-    found, before = matching.solve()
-    rows = []
-    for group in spec.groups:
-        p = found.permutations[group.name]
-        moved = int((p != torch.arange(group.size)).sum())
-        kind = "blocks" if group.members else "units"
-        rows.append(GroupAlignment(group.name, kind, group.size, moved, found.gains[group.name]))
+    with torch.device("cpu"):  # permutations live there, whatever the default device
+        found, before = matching.solve()
+        rows = []
+        for group in spec.groups:
+            p = found.permutations[group.name]
+            moved = int((p != torch.arange(group.size)).sum())
+            kind = "blocks" if group.members else "units"
+            gain = found.gains[group.name]
+            rows.append(GroupAlignment(group.name, kind, group.size, moved, gain))
     return Alignment(
         model=apply_permutation(model, spec, found.permutations),
         permutations=found.permutations,
@@ -195,17 +199,23 @@ def cycle_consistency(
     seed: int = 0,
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
+    forth: Alignment | None = None,
 ) -> float:
     """Align model to reference and reference to model: how far from nothing is that together?
+
+    Args:
+        forth: what `align` with the same options found already.
 
     Returns:
         Mean squared difference between the model's parameters and the same after both
         permutations. 0: the two alignments undo each other.
     """
-    forth = align(model, reference, spec=spec, by=by, data=data, seed=seed,
-                  max_sweeps=max_sweeps, device=device)  # fmt: skip
-    back = align(reference, model, spec=spec, by=by, data=data, seed=seed,
-                 max_sweeps=max_sweeps, device=device)  # fmt: skip
+    options: dict[str, Any] = {
+        "spec": spec, "by": by, "data": data, "seed": seed, "max_sweeps": max_sweeps,
+        "device": device,
+    }  # fmt: skip
+    forth = forth or align(model, reference, **options)
+    back = align(reference, model, **options)
     returned = apply_permutation(forth.model, spec, back.permutations)
     pairs = list(zip(model.parameters(), returned.parameters(), strict=True))
     squares = sum(
@@ -217,6 +227,8 @@ def cycle_consistency(
 def _require_finite(network: nn.Module, which: str) -> None:
     for name, tensor in network.state_dict().items():
         # One pass: a sum in float64 is finite exactly if every term is.
+        if not isinstance(tensor, Tensor):
+            continue  # a module's extra state
         if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
             raise UserError(
                 f"{which} has weights that are not finite in '{name}'; "

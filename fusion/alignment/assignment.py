@@ -21,9 +21,7 @@ def best_assignment(agreement: Tensor) -> Tensor:
     if bool((agreement.diagonal() >= best).all()):
         return torch.arange(n)
     choice = choice.cpu()
-    if (
-        int(choice.bincount(minlength=n).max()) == 1
-    ):  # every row has its favourite: no assignment is better
+    if int(choice.bincount(minlength=n).max()) == 1:  # each row's favourite: none is better
         return choice
     return torch.from_numpy(linear_sum_assignment(agreement.cpu().numpy(), maximize=True)[1])
 

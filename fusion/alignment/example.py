@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fusion.alignment.tracing import run_on_shapes, symbolic_trace
 from fusion.errors import UserError
 
 # Sides of the square images that networks are made for: ImageNet, Inception v3, CIFAR, Tiny
@@ -16,41 +17,47 @@ SIDES = (224, 299, 32, 64, 28, 8)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-@torch.no_grad()
 def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> Tensor:
     """Return zeros of a shape that ``model`` takes, its batch axis 1, on the model's device.
 
     The channels are those of the first convolution or linear layer that was registered, the sides
-    the first of ``SIDES`` with which the network runs in eval mode.
+    the first of ``SIDES`` that fit. Only shapes are run: that costs as much as a trace.
 
     Args:
-        model: a network in eval mode; it runs without gradients. On the meta device that is free.
+        model: a network.
         shape: of one input, without its batch axis (C, H, W); only checked then, not guessed.
 
     Raises:
-        UserError: nothing fits; says what was tried.
+        UserError: the network cannot be traced, or nothing fits; says what was tried.
     """
+    if shape is not None and not _is_shape(shape):
+        raise UserError(
+            f"example_input: {shape!r} is no shape; give that of one image as "
+            f"[channels, height, width]"
+        )
+    traced = symbolic_trace(model)
     parameter = next(model.parameters(), torch.empty(0))
     shapes = [tuple(shape)] if shape is not None else _guesses(model)
     failures = []
     for candidate in shapes:
         example = torch.zeros(1, *candidate, dtype=parameter.dtype, device=parameter.device)
         try:
-            model(example)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            failures.append(f"{candidate}: {str(error).strip().partition(chr(10))[0]}")
+            run_on_shapes(traced, [example])
+        except UserError as error:
+            if shape is not None:
+                raise
+            failures.append(f"{candidate}: {error}")
         else:
             return example
-    if shape is not None:
-        raise UserError(
-            f"example_input: {type(model).__name__} does not take an input of shape {failures[0]}; "
-            f"give the shape of one image as [channels, height, width]"
-        )
     raise UserError(
         f"no example input was found for {type(model).__name__} "
-        f"(tried {'; '.join(failures) or 'nothing: it has no convolution or linear layer'}); "
+        f"({failures[-1] if failures else 'it has no convolution or linear layer'}); "
         f"give the shape of one image as example_input: [channels, height, width]"
     )
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, Sequence) and all(isinstance(n, int) and n > 0 for n in shape)
 
 
 def _guesses(model: nn.Module) -> list[tuple[int, ...]]:

@@ -86,6 +86,7 @@ class Labeller:
         owned = {
             name: Parameter(rules.first_name[f"{path}.{name}"], tensor.shape)
             for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor)  # not its extra state
         }
         if len(args) != 1 or kwargs or not isinstance(args[0], Labels):
             return rules.unknown(why, real, (args, kwargs, owned))

@@ -65,18 +65,14 @@ class Matching:
             }
             axes = {(entry.tensor, entry.axis) for entry in group.entries}
             if len(axes) == len({tensor for tensor, _ in axes}):
-                touched.discard(
-                    group.name
-                )  # on both axes of one tensor a group is its own neighbour
+                touched.discard(group.name)  # unless on both axes of one tensor: its own neighbour
             self.neighbours[group.name] = touched
 
     def solve(self) -> tuple[Search, float]:
         """Return the better of two descents, and the objective before any.
 
         The first starts from a sweep in the order of the forward pass that looks only at positions
-        already settled; the second from the identity. The second is not tried where the first
-        cannot be doubted: it reached the upper bound of the objective, or every unit of every group
-        ended with the partner that it agrees with best.
+        already settled; the second from the identity, unless the first reached the upper bound.
         """
         identity = _State(self)
         before = identity.objective()
@@ -86,7 +82,7 @@ class Matching:
         forward.settle_forward()
         if forward.objective() < 1 - AT_BOUND:
             forward.descend()
-        if forward.objective() >= 1 - AT_BOUND or not forward.contested:
+        if forward.objective() >= 1 - AT_BOUND:
             return forward.search, before
         identity.descend()
         # Equal up to rounding: the start that moves nothing without need.
@@ -113,7 +109,6 @@ class _State:
             identity_permutation(self.spec), {g.name: 0.0 for g in self.spec.groups}
         )
         self.search.objective = sum(self.dots.values())
-        self.contested = {group.name for group in self.spec.groups}
         # Blocks that moved carry their groups of units along: where each group's units come from.
         self.home = {
             name: (group, block, kind)
@@ -160,12 +155,7 @@ class _State:
                     if group.name not in dirty:
                         continue
                     dirty.discard(group.name)
-                    agreement = self.agreement(group.entries, group.size)
-                    step = best_assignment(agreement)
-                    if _gives_each_its_favourite(step, agreement):
-                        self.contested.discard(group.name)
-                    else:
-                        self.contested.add(group.name)
+                    step = best_assignment(self.agreement(group.entries, group.size))
                     if self._move(group, step):
                         dirty |= self.problem.neighbours[group.name]
                 self.search.sweeps += 1
@@ -320,11 +310,6 @@ def _kinds(spec: PermutationSpec, group: Group) -> list[tuple[list[Entry], int]]
         if keep:
             alone.append(Entry(entry.tensor, entry.axis, entry.positions[:, keep]))
     return [*kinds, (alone, 1)] if alone else kinds
-
-
-def _gives_each_its_favourite(step: Tensor, agreement: Tensor) -> bool:
-    chosen = agreement.gather(1, step.to(agreement.device).view(-1, 1)).view(-1)
-    return bool((chosen >= agreement.max(dim=1).values).all())
 
 
 def _order(seed: int, sweep: int, n: int) -> list[int]:

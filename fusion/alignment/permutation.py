@@ -23,7 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def identity_permutation(spec: PermutationSpec) -> dict[str, Tensor]:
     """Return the permutation that leaves every unit where it is."""
-    return {group.name: torch.arange(group.size) for group in spec.groups}
+    return {group.name: torch.arange(group.size, device="cpu") for group in spec.groups}
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor]:
@@ -31,8 +31,8 @@ def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor
     drawn = {}
     for group in spec.groups:
         digest = hashlib.blake2b(f"{seed}/{group.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        drawn[group.name] = torch.randperm(group.size, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        drawn[group.name] = torch.randperm(group.size, generator=generator, device="cpu")
     return drawn
 
 
@@ -91,8 +91,8 @@ def apply_permutation(
         for key, value in _permuted(target.state_dict(), spec, permutations):
             tensors[key].copy_(value)
         return module
-    result = copy.copy(target)  # an OrderedDict with its `_metadata`, where torch made it
-    assert isinstance(result, dict)
+    # A dict with its `_metadata`, where torch made it.
+    result: dict[str, Tensor] = copy.copy(target) if isinstance(target, dict) else dict(target)
     result.update(_permuted(target, spec, permutations))
     return result
 
@@ -126,23 +126,23 @@ def permute_tensor(value: Tensor, name: str, parts: list[tuple[Group, Entry, Ten
         if confined:
             value = _permute_rows(value, name, confined)
         for axis in sorted({entry.axis for entry, _ in stage if entry.rows is None}):
-            index = torch.arange(value.shape[axis])
+            index = torch.arange(value.shape[axis], device="cpu")
             for entry, p in stage:
                 if entry.axis == axis and entry.rows is None:
                     _check_reach(value, name, entry)
-                    index[entry.positions] = entry.positions[p]
+                    index[entry.positions] = entry.positions[p.cpu()]
             value = value.index_select(axis, index.to(value.device))
     return value
 
 
 def _permute_rows(value: Tensor, name: str, parts: list[tuple[Entry, Tensor]]) -> Tensor:
     """Permute along axis 1 within some rows of axis 0, other rows in other ways."""
-    index = torch.arange(value.shape[1]).repeat(value.shape[0], 1)
+    index = torch.arange(value.shape[1], device="cpu").repeat(value.shape[0], 1)
     for entry, p in parts:
         _check_reach(value, name, entry)
         assert entry.rows is not None
         row = index[entry.rows[0]].clone()
-        row[entry.positions] = row[entry.positions[p]]
+        row[entry.positions] = row[entry.positions[p.cpu()]]
         index[slice(*entry.rows)] = row
     index = index.view(*index.shape, *[1] * (value.ndim - 2)).to(value.device)
     return value.gather(1, index.expand(value.shape))
@@ -158,7 +158,7 @@ def check_permutations(spec: PermutationSpec, permutations: Permutations) -> Non
         group = spec.by_name.get(name)
         if group is None:
             raise UserError(f"the spec has no group '{name}'{suggestion(name, spec.by_name)}")
-        if p.shape != (group.size,) or not torch.equal(p.sort().values, torch.arange(group.size)):
+        if p.is_floating_point() or sorted(p.tolist()) != list(range(group.size)):
             raise UserError(
                 f"group '{name}' has {group.size} places; its permutation must hold each of "
                 f"0…{group.size - 1} once, got a tensor of shape {tuple(p.shape)}"

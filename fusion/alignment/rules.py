@@ -51,6 +51,7 @@ class Rules:
         ] = {}  # parameters that act element by element
         self.refused: dict[str, str] = {}  # parameters of unknown operations
         self.made: dict[tuple[str, int], Vector] = {}  # the units that a weight makes
+        self.groups: dict[str, int] = {}  # of the convolution that a weight belongs to
         self.first_name: dict[str, str] = {}  # state-dict key -> the first key of the same tensor
         names: dict[int, str] = {}
         for key, tensor in model.state_dict(keep_vars=True).items():
@@ -223,7 +224,7 @@ class Rules:
         self, name: str, args: Any, kwargs: Any, why: str, real: Tensor
     ) -> Labels | None:
         """Convolution or linear layer as a function of a parameter."""
-        x, weight = args[0], argument(args, kwargs, 1, "weight")
+        x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
         bias = argument(args, kwargs, 2, "bias")
         if not isinstance(x, Labels) or not isinstance(weight, Parameter):
             return None
@@ -249,6 +250,9 @@ class Rules:
         ledger, key = self.ledger, weight.key
         if key in self.elementwise_parameters or key in self.refused:
             self._refuse(key, f"{key} is a weight and acts element by element too")
+            return None
+        if self.groups.setdefault(key, groups) != groups:
+            self._refuse(key, f"{key} belongs to convolutions of different groups")
             return None
         taken = ledger.vector(x, channel_axis, why)
         n_in, n_out = len(taken.labels), real.shape[channel_axis]

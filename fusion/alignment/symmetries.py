@@ -43,18 +43,24 @@ def permutation_spec(
         UserError: the model is in training mode, cannot be traced, or does not take the input.
     """
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise UserError(
+            f"example_input is {example_input!r}; give a tensor as the network takes it, such as "
+            f"torch.zeros(1, 3, 32, 32), or a tuple of tensors"
+        )
     require_eval_mode(model, "the model")
-    labeller = Labeller(model)
-    labeller.walk(trace(model, inputs))
-    parameters = {name for name, _ in model.named_parameters()}
-    if not parameters <= _reached(labeller.rules):
-        try:
-            graph = trace(model, inputs, training=True)
-        except UserError:
-            pass  # training mode may need a larger image: its parameters are named as not used
-        else:
-            labeller.walk(graph)
-    return _Finder(labeller.rules, model).spec()
+    with torch.device("cpu"):  # labels live there, whatever the default device
+        labeller = Labeller(model)
+        labeller.walk(trace(model, inputs))
+        parameters = {name for name, _ in model.named_parameters()}
+        if not parameters <= _reached(labeller.rules):
+            try:
+                graph = trace(model, inputs, training=True)
+            except UserError:
+                pass  # training mode may need a larger image: its parameters are named as not used
+            else:
+                labeller.walk(graph)
+        return _Finder(labeller.rules, model).spec()
 
 
 def require_eval_mode(model: nn.Module, which: str) -> None:
@@ -95,7 +101,11 @@ class _Finder:
     def __init__(self, rules: Rules, model: nn.Module) -> None:
         self.rules = rules
         self.ledger: Ledger = rules.ledger
-        self.shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        self.shapes = {
+            key: tuple(value.shape)
+            for key, value in model.state_dict().items()
+            if isinstance(value, Tensor)  # not a module's extra state
+        }
         self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.names: dict[str, list[str]] = defaultdict(list)  # first key -> all keys of the tensor
         for key, first in rules.first_name.items():

@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fusion.errors import UserError
+from fusion.alignment.nested import nested
+from fusion.errors import UserError, first_line
 
+_RESHAPING_IN_PLACE = frozenset((
+    "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_",
+    "unflatten_", "as_strided_", "set_",
+))  # fmt: skip
 _CURE = "pass a permutation spec written by hand, or rewrite the forward pass"
 
 
@@ -58,59 +63,86 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, training: bool = False)
     Raises:
         UserError: the model cannot be traced, or the inputs do not fit.
     """
-    skeleton = _weightless(model).train(training)
+    return run_on_shapes(symbolic_trace(model, training=training), inputs)
+
+
+def symbolic_trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, fx.Graph]:
+    """Return a weightless copy of ``model`` in eval mode and the graph of its forward pass.
+
+    Raises:
+        UserError: the model cannot be copied or traced.
+    """
+    name = type(model).__name__
+    if "forward" in vars(model):
+        raise UserError(
+            f"{name} cannot be traced: its forward was replaced on the instance, where a trace "
+            f"does not look; make a subclass with that forward"
+        )
+    try:
+        skeleton = _weightless(model).train(training)
+    except RuntimeError as error:
+        raise UserError(
+            f"{name} cannot be copied ({first_line(error)}); remove what hangs on it, such as "
+            f"torch.nn.utils.weight_norm (remove_weight_norm)"
+        ) from error
     tracer = _Tracer()
     try:
         graph = tracer.trace(skeleton)
     except Exception as error:  # the user's own code runs here and may raise anything
         raise UserError(
-            f"{type(model).__name__} cannot be traced: {_place(tracer.where, error)} "
-            f"({_first_line(error)}); its forward pass must not depend on the data: {_CURE}"
+            f"{name} cannot be traced: {_place(tracer.where, error)} "
+            f"({first_line(error)}); its forward pass must not depend on the data: {_CURE}"
         ) from error
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _RESHAPING_IN_PLACE:
+            raise UserError(
+                f"{name} cannot be traced: {node.target} changes a shape in place, after which one "
+                f"name means two shapes; use {str(node.target).rstrip('_')}"
+            )
+    _forget_loose_tensors(skeleton)
+    # Batch norm on one image cannot run in training mode; the graph stays as it is.
+    return skeleton.eval(), graph
+
+
+def run_on_shapes(traced: tuple[nn.Module, fx.Graph], inputs: Sequence[Tensor]) -> Graph:
+    """Run what `symbolic_trace` returned on the shapes of ``inputs``.
+
+    Raises:
+        UserError: the inputs do not fit.
+    """
+    skeleton, graph = traced
+    name = type(skeleton).__name__
+    dtype = next((p.dtype for p in skeleton.parameters() if p.is_floating_point()), torch.float32)
+    inputs = [x.to("meta", dtype if x.is_floating_point() else x.dtype) for x in inputs]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     required = [node for node in placeholders if not node.args]
     if not len(required) <= len(inputs) <= len(placeholders):
         raise UserError(
-            f"example_input: {type(model).__name__}.forward takes {len(required)} tensors, "
+            f"example_input: {name}.forward takes {len(required)} tensors, "
             f"{len(inputs)} came; give one tensor for each, as a tuple if there are several"
         )
-    skeleton.eval()  # batch norm on one image cannot run in training mode; the graph stays as it is
     nodes = tuple(graph.nodes)
     try:
-        values = _run(skeleton, nodes, [x.to("meta") for x in inputs])
+        return Graph(skeleton, nodes, _run(skeleton, nodes, inputs))
     except _NodeFailed as failed:
-        if not _has_loose_tensors(skeleton):
-            raise _misfit(model, inputs, failed) from failed.__cause__
-        # Tensors that are neither parameters nor buffers kept their device: run the real network.
-        skeleton = copy.deepcopy(model).eval()
-        with torch.no_grad():
-            try:
-                values = _run(skeleton, nodes, list(inputs))
-            except _NodeFailed as again:
-                raise _misfit(model, inputs, again) from again.__cause__
-    return Graph(skeleton, nodes, values)
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise UserError(
+            f"example_input of shape {shapes} does not fit {name}: "
+            f"'{failed.node.target}' fails ({first_line(failed.error)}); "
+            f"give an input as the network takes it, with its batch axis"
+        ) from failed.error
 
 
 class _NodeFailed(Exception):  # noqa: N818  # private, always caught above
     """One operation failed on the example input."""
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, error: Exception) -> None:
         super().__init__(node.name)
         self.node = node
+        self.error = error
 
 
-def _misfit(model: nn.Module, inputs: Sequence[Tensor], failed: _NodeFailed) -> UserError:
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    assert failed.__cause__ is not None
-    return UserError(
-        f"example_input of shape {shapes} does not fit {type(model).__name__}: "
-        f"'{failed.node.target}' fails ({_first_line(failed.__cause__)}); "
-        f"give an input as the network takes it, with its batch axis"
-    )
-
-
+@torch.no_grad()
 def _run(module: nn.Module, nodes: Sequence[fx.Node], inputs: list[Tensor]) -> dict[fx.Node, Any]:
     interpreter = fx.Interpreter(module, graph=nodes[0].graph)
     interpreter.env = {}
@@ -119,7 +151,7 @@ def _run(module: nn.Module, nodes: Sequence[fx.Node], inputs: list[Tensor]) -> d
         try:
             interpreter.env[node] = interpreter.run_node(node)
         except Exception as error:  # any operation may refuse the shapes it gets
-            raise _NodeFailed(node) from error
+            raise _NodeFailed(node, error) from error
     return interpreter.env
 
 
@@ -135,12 +167,15 @@ def _weightless(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _has_loose_tensors(module: nn.Module) -> bool:
-    return any(
-        isinstance(value, Tensor) and not value.is_meta
-        for part in module.modules()
-        for value in vars(part).values()
-    )
+def _forget_loose_tensors(module: nn.Module) -> None:
+    """Move to the meta device what is neither a parameter nor a buffer: plain attributes.
+
+    Not before the trace, in which the forward pass may ask for their values.
+    """
+    own = vars(nn.Module()).keys()  # parameters, buffers, hooks and the like
+    for part in module.modules():
+        loose = {name: value for name, value in vars(part).items() if name not in own}
+        vars(part).update(nested(loose, lambda value: value.to("meta")))
 
 
 def _place(where: str, error: BaseException) -> str:
@@ -154,7 +189,3 @@ def _place(where: str, error: BaseException) -> str:
     if not outside:
         return module
     return f"{module}, {outside[-1].filename}:{outside[-1].lineno}, `{outside[-1].line}`"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ from fusion.alignment import (
 )
 from fusion.alignment.align import By
 from fusion.alignment.example import example_input_for
+from fusion.alignment.tracing import symbolic_trace
 from fusion.data import batches
 from fusion.errors import UserError
 from fusion.files import write_text
@@ -72,6 +73,7 @@ def check_alignable(modelpool: BaseModelPool, shape: Sequence[int] | None = None
         UserError: the network cannot be traced, or no example input fits it.
     """
     model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
+    symbolic_trace(model)
     try:
         example = example_input_for(model, shape)
     except UserError:
@@ -146,7 +148,7 @@ def align_experts(
             {name: expert}, reference, spec=spec, by=by, data=data, seed=seed, device=device
         )[name]
         cycle = cycle_consistency(
-            expert, reference, spec=spec, by=by, data=data, seed=seed, device=device
+            expert, reference, spec=spec, by=by, data=data, seed=seed, device=device, forth=found
         )
         sources[name] = ModuleSource(found.model) if found.changed else modelpool.tensors(name)
         records[name] = record_of(found, cycle)

@@ -52,6 +52,8 @@ def mean_network(
     kept = {key for pair in pairs for key in pair}
     merged: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            continue  # a module's extra state
         fits = all(member[key].shape == tensor.shape for member in members)
         if key not in kept and fits and tensor.is_floating_point():
             tensors = [bn.working(member[key]) for member in members]

@@ -12,12 +12,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool
 from fusion.training import recalibrate_batch_norm
-from fusion.weights import weighted_mean
+from fusion.weights import weighted_mean, working_dtype
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 TREATMENTS = ("pretrained", "merge", "recalibrate", "auto")
+
+
+def check_sample(calibration_images: int, batch_size: int) -> None:
+    """Check that the images looked at can have a variance.
+
+    Raises:
+        UserError: an option is below 2.
+    """
+    for option, value in (("calibration_images", calibration_images), ("batch_size", batch_size)):
+        if value < 2:
+            raise UserError(f"{option} is {value}; a variance takes 2 images or more")
 
 
 def chosen_treatment(treatment: str, modelpool: BaseModelPool, model: nn.Module) -> str:
@@ -61,7 +72,7 @@ def statistics_keys(
 
 def working(tensor: Tensor) -> Tensor:
     """Return a member's tensor on the CPU in float32 or better, where merging happens."""
-    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to("cpu", working_dtype([tensor]))
 
 
 def mixture_statistics(

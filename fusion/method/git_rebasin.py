@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from fusion.alignment import align
 from fusion.alignment.align import By
 from fusion.data import seed_from
 from fusion.errors import UserError
@@ -29,6 +30,7 @@ from fusion.method.averaging import (
     treat,
 )
 from fusion.method.base import BaseAlgorithm
+from fusion.method.batch_norm import check_sample
 from fusion.method.choice import check_choice
 from fusion.method.merge_many import merge_many
 from fusion.modelpool import BaseModelPool
@@ -91,6 +93,7 @@ class GitReBasin(BaseAlgorithm):
                 "merge_many=true compares each network with a mean of networks, whose activations "
                 "mean nothing before it is aligned; choose by=weights"
             )
+        check_sample(calibration_images, batch_size)
         self.by: By = by
         self.merge_many = merge_many
         self.interpolation = interpolation
@@ -130,8 +133,9 @@ class GitReBasin(BaseAlgorithm):
         unaligned: dict[str, Mapping[str, Tensor]] = {n: modelpool.tensors(n) for n in names}
         experts: dict[str, Mapping[str, Tensor]]
         with self.profile("align experts"):
+            common = reference  # the result's own, where the members have nothing to average
             if self.merge_many:
-                experts, records = self._merge_many(modelpool, reference)
+                experts, records, common = self._merge_many(modelpool, reference)
             else:
                 sample = self._sample(modelpool) if self.by == "activations" else None
                 aligned, records = align_experts(
@@ -140,10 +144,10 @@ class GitReBasin(BaseAlgorithm):
                 )  # fmt: skip
                 experts = dict(aligned)
             keep_alignment(self, records, plot=self.plot)
-        mean = partial(self._mean, reference=reference, treatment=treatment, modelpool=modelpool)
+        mean = partial(self._mean, treatment=treatment, modelpool=modelpool)
         with self.profile("average"):
-            result = mean(experts)
-        self.references["mean without alignment"] = partial(mean, unaligned)
+            result = mean(experts, like=common)
+        self.references["mean without alignment"] = partial(mean, unaligned, like=reference)
         self.report.update(experts=names, batch_norm=treatment)
         log.info("Mean of %d networks by %s; batch norm: %s", len(names), self.interpolation,
                  treatment)  # fmt: skip
@@ -153,12 +157,12 @@ class GitReBasin(BaseAlgorithm):
         self,
         experts: Mapping[str, Mapping[str, Tensor]],
         *,
-        reference: nn.Module,
+        like: nn.Module,
         treatment: str,
         modelpool: BaseModelPool,
     ) -> nn.Module:
         result = mean_network(
-            reference,
+            like,
             list(experts.values()),
             interpolation=self.interpolation,
             statistics=treatment if treatment in ("pretrained", "merge") else "interpolate",
@@ -193,9 +197,17 @@ class GitReBasin(BaseAlgorithm):
 
     def _merge_many(
         self, modelpool: BaseModelPool, reference: nn.Module
-    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, AlignmentRecord]]:
+    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, AlignmentRecord], nn.Module]:
+        """Return the experts in the order they agree on, and the reference in that order too."""
+        reference = copy.deepcopy(reference).eval()
         models = {name: model.eval() for name, model in modelpool.named_models()}
-        spec = symmetries(copy.deepcopy(reference).eval(), modelpool, self.example_input)
-        found = merge_many(models, spec, seed=self.seed, device=self.fabric.device)
+        spec = symmetries(reference, modelpool, self.example_input)
+        device = self.fabric.device
+        found = merge_many(models, spec, seed=self.seed, device=device)
         records = {name: record_of(alignment) for name, alignment in found.items()}
-        return {name: a.model.state_dict() for name, a in found.items()}, records
+        experts = {name: alignment.model.state_dict() for name, alignment in found.items()}
+        name = modelpool.pretrained_or_first_name
+        if name in found:
+            return dict(experts), records, found[name].model
+        mean = mean_network(reference, list(experts.values()))
+        return dict(experts), records, align(reference, mean, spec=spec, device=device).model

@@ -19,6 +19,7 @@ from fusion.files import write_text
 from fusion.method.aligned import check_alignable, images_of, symmetries
 from fusion.method.averaging import mean_network, treat
 from fusion.method.base import BaseAlgorithm
+from fusion.method.batch_norm import check_sample
 from fusion.method.choice import check_choice
 from fusion.modelpool import BaseModelPool
 from fusion.taskpool import ClassificationTaskPool
@@ -36,7 +37,7 @@ class InterpolationBarrier(BaseAlgorithm):
     """Walk from the pool's first expert to its second and measure what lies between them.
 
     The second network is taken as it is, or aligned to the first by weights or by activations; at
-    each point of the line batch norm's statistics are interpolated like every other tensor, those
+    each point between them batch norm's statistics are interpolated like every other tensor, those
     of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is how far the
     worst point falls below the line between the ends (Frankle et al., arXiv 1912.05671; Git
     Re-Basin, arXiv 2209.04836).
@@ -47,7 +48,7 @@ class InterpolationBarrier(BaseAlgorithm):
     Args:
         alignments: of ``none``, ``weights``, ``activations``.
         batch_norm: of ``interpolate``, ``merge``, ``recalibrate``, ``repair``.
-        points: how many points of the line are measured, its ends included.
+        points: how many points of the line are measured, its ends included; odd.
         calibration_images: how many training images are looked at, at most.
         batch_size: images per forward pass.
         plot: whether to draw the figure.
@@ -68,12 +69,19 @@ class InterpolationBarrier(BaseAlgorithm):
         plot: bool = True,
         seed: int = 0,
     ) -> None:
-        for name in alignments:
-            check_choice("alignments", name, ALIGNMENTS)
-        for name in batch_norm:
-            check_choice("batch_norm", name, TREATMENTS)
-        if points < 3:
-            raise UserError(f"points is {points}; a line needs its two ends and a point between")
+        for option, names, known in (
+            ("alignments", alignments, ALIGNMENTS),
+            ("batch_norm", batch_norm, TREATMENTS),
+        ):
+            if isinstance(names, str) or not names:
+                raise UserError(f"{option} is {names!r}; give a list of {', '.join(known)}")
+            for name in names:
+                check_choice(option, name, known)
+        if points < 3 or points % 2 == 0:
+            raise UserError(
+                f"points is {points}; a line with a point midway takes an odd number from 3 on"
+            )
+        check_sample(calibration_images, batch_size)
         self.alignments = list(alignments)
         self.batch_norm = list(batch_norm)
         self.points = points
@@ -108,6 +116,18 @@ class InterpolationBarrier(BaseAlgorithm):
         ):
             if not names:
                 raise UserError(f"interpolation_barrier needs images; add {kind}_datasets")
+        shapes = [
+            {key: tensor.shape for key, tensor in modelpool.architecture(name).named_parameters()}
+            for name in modelpool.model_names
+        ]
+        for key, shape in shapes[0].items():
+            if shapes[1].get(key) != shape:
+                first, second = modelpool.model_names
+                raise UserError(
+                    f"'{key}' is {tuple(shape)} in '{first}' and "
+                    f"{tuple(shapes[1].get(key, ()))} in '{second}'; a line needs two networks of "
+                    f"one shape, heads included"
+                )
         check_alignable(modelpool)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:

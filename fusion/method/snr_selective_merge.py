@@ -124,12 +124,7 @@ class SNRSelectiveMerge(BaseAlgorithm):
         check_choice("head", head, HEADS)
         if not 0 < density <= 1:
             raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")
-        for option, number in (
-            ("calibration_images", calibration_images),
-            ("batch_size", batch_size),
-        ):
-            if number < 2:
-                raise UserError(f"{option} is {number}; a variance takes 2 images or more")
+        bn.check_sample(calibration_images, batch_size)
         self.top_p = top_p
         self.rank_by = rank_by
         self.weighting = weighting

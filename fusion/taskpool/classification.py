@@ -102,7 +102,9 @@ class ClassificationTaskPool(BaseTaskPool):
         labels = tuple(getattr(dataset, "original_labels", ()))
         metrics: dict[str, Any] = {}
         rows = torch.empty(0, dtype=torch.long)  # own label of the task -> column of the model
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for images, targets in self._batches(dataset, device):
+            images = images.to(dtype)
             scores = model(images) if self.fabric is None else self._autocast(model, images)
             if not isinstance(scores, Tensor) or scores.ndim != 2:
                 shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.training.restoring import restored
+from fusion.weights import working_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ def recalibrate_batch_norm(
     used = 0
     try:
         with restored(model):
-            model.to(device)
+            dtype = working_dtype(model.parameters())
+            model.to(device, dtype)
             model.eval()
             for norm in norms:
                 norm.train()
@@ -90,7 +92,7 @@ def recalibrate_batch_norm(
                 used += len(pictures)
                 for norm in norms:
                     norm.momentum = len(pictures) / used
-                model(pictures)
+                model(pictures.to(dtype))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

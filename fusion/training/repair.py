@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.models import find_layers
 from fusion.training.restoring import restored
+from fusion.weights import working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +50,9 @@ def repair(
     become those of its input and its scale and shift the interpolated deviation and mean; else
     weight and bias of the convolution or linear layer are rescaled. Each layer is measured after
     all before it were repaired, on the same images, so the law holds exactly at every one, for any
-    batch size; the price is a pass per layer, up to that layer. The last layer, whose outputs are
-    the class scores, is left alone.
+    batch size; the price is a pass per layer, up to that layer. A layer that runs several times in
+    a pass is measured over all its calls, and repaired once. The last layer, whose outputs are the
+    class scores, is left alone.
 
     Without a bias only the deviation can be repaired, and without scale and shift a batch norm is
     only recalibrated. A channel that does not vary in the merged network only gets the mean.
@@ -71,13 +74,17 @@ def repair(
         The number of layers that were repaired.
 
     Raises:
-        UserError: no member, weights that are no shares, or too few images.
+        UserError: no member, weights that are no shares, or a sample of less than two images.
     """
     shares = _shares(weights, len(members))
     for option, value in (("images", images), ("batch_size", batch_size)):
         if value < 2:
             raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
+    if isinstance(dataset, Sized) and len(dataset) < 2:
+        raise UserError("dataset: one image has no variance; repair on 2 images or more")
     where = torch.device(device) if device is not None else next(model.parameters()).device
+    if where.type == "mps":  # it has no float64, in which sums are kept
+        where = torch.device("cpu")
 
     def sample() -> Iterator[Tensor]:
         for pictures, _ in batches(
@@ -93,13 +100,14 @@ def repair(
     with _ready(model, where):
         sites = pre_activations(model, next(sample())[:1])
         goals = _goals(members, sites, shares, sample, where)
-        for name in _in_order(model, sites, sample):
+        for name, calls in _in_order(model, sites, sample).items():
             module = model.get_submodule(name)
             if isinstance(module, _BatchNorm):
-                _repair_norm(module, measure_channels(model, [name], sample(), inputs=True)[name],
-                             goals[name])  # fmt: skip
+                found = measure_channels(model, {name: calls}, sample(), inputs=True)
+                _repair_norm(module, found[name], goals[name])
             else:
-                _repair_layer(module, measure_channels(model, [name], sample())[name], goals[name])
+                found = measure_channels(model, {name: calls}, sample())
+                _repair_layer(module, found[name], goals[name])
     return len(sites)
 
 
@@ -123,37 +131,47 @@ def pre_activations(model: nn.Module, example_input: Tensor | None = None) -> li
 
 
 def measure_channels(
-    model: nn.Module, names: Sequence[str], sample: Iterator[Tensor], *, inputs: bool = False
+    model: nn.Module, calls: Mapping[str, int], sample: Iterator[Tensor], *, inputs: bool = False
 ) -> dict[str, ChannelStatistics]:
-    """Return the statistics of the outputs (or the inputs) of the modules called ``names``.
+    """Return the statistics of the outputs (or the inputs) of some modules, over all their calls.
 
-    The model runs in the mode it is in; a pass ends where the last of the modules has run.
+    The model runs in the mode it is in; a pass ends with the last of the calls.
+
+    Args:
+        model: the network.
+        calls: name of a module → how often it runs in a pass.
+        sample: batches of images.
+        inputs: whether to look at what comes in instead of what goes out.
     """
-    moments = {name: _Moments() for name in names}
-    waiting: set[str] = set()
+    moments = {name: _Moments() for name in calls}
+    waiting: Counter[str] = Counter()
 
     def watch(name: str, module: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(_: nn.Module, args: Any, output: Tensor) -> None:
             moments[name].add(args[0] if inputs else output, _channel_axis(module))
-            waiting.discard(name)
-            if not waiting:
+            waiting[name] -= 1
+            if not any(waiting.values()):
                 raise _Enough
 
         return hook
 
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {name: model.get_submodule(name) for name in calls}
     handles = [
         module.register_forward_hook(watch(name, module)) for name, module in modules.items()
     ]
     try:
         for pictures in sample:
-            waiting.update(names)
+            waiting.update(calls)
             with suppress(_Enough):
-                model(pictures)
+                _look(model, pictures)
     finally:
         for handle in handles:
             handle.remove()
     return {name: moment.statistics() for name, moment in moments.items()}
+
+
+def _look(model: nn.Module, pictures: Tensor) -> None:
+    model(pictures.to(next(model.parameters()).dtype))
 
 
 class _Enough(Exception):  # noqa: N818  # no error: the rest of the pass is not needed
@@ -169,7 +187,7 @@ class _Moments:
         self.squares = torch.zeros(())
 
     def add(self, values: Tensor, axis: int) -> None:
-        wide = values.to(torch.promote_types(values.dtype, torch.float32)).movedim(axis, 0)
+        wide = values.to(working_dtype([values])).movedim(axis, 0)
         wide = wide.flatten(1)
         variance, mean = torch.var_mean(wide, dim=1, correction=0)
         variance, mean, n = variance.double(), mean.double(), wide.shape[1]
@@ -188,9 +206,12 @@ class _Moments:
 
 @contextmanager
 def _ready(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have ``model`` in eval mode on ``device``, and give it back as it came."""
+    """Have ``model`` in eval mode on ``device``, and give it back as it came.
+
+    Meanwhile half precisions are widened: their running sums would be of two digits.
+    """
     with restored(model):
-        model.to(device)
+        model.to(device, working_dtype(model.parameters()))
         model.eval()
         yield
 
@@ -206,7 +227,7 @@ def _goals(
     found = []
     for member in members:
         with _ready(member, device):
-            found.append(measure_channels(member, sites, sample()))
+            found.append(measure_channels(member, _in_order(member, sites, sample), sample()))
     goals = {}
     for name in sites:
         parts = [(share, statistics[name]) for share, statistics in zip(shares, found, strict=True)]
@@ -218,21 +239,19 @@ def _goals(
 
 def _in_order(
     model: nn.Module, sites: Sequence[str], sample: Callable[[], Iterator[Tensor]]
-) -> list[str]:
-    """Return ``sites`` in the order in which they run."""
-    order: dict[str, None] = {}
+) -> dict[str, int]:
+    """Return ``sites`` in the order in which they run, and how often each does in a pass."""
+    calls: Counter[str] = Counter()
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda *_, name=name: order.setdefault(name)
-        )
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name in sites
     ]
     try:
-        model(next(sample()))
+        _look(model, next(sample()))
     finally:
         for handle in handles:
             handle.remove()
-    return list(order)
+    return calls
 
 
 def _repair_norm(norm: _BatchNorm, found: ChannelStatistics, goal: ChannelStatistics) -> None:

@@ -4,6 +4,7 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
+from fusion.weights.precision import working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
@@ -50,4 +51,5 @@ __all__ = [
     "trim",
     "vector_to_state_dict",
     "weighted_mean",
+    "working_dtype",
 ]

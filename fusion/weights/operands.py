@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fusion.errors import UserError
+from fusion.weights.precision import working_dtype
 
 
 def working_operands(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -34,9 +34,7 @@ def working_operands(tensors: Sequence[Tensor]) -> list[Tensor]:
                 f"tensor {position} has the dtype {tensor.dtype}, which has no mean; "
                 f"merge floating-point tensors and carry the others over"
             )
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = working_dtype(tensors)
     return [tensor.detach().to(dtype) for tensor in tensors]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fusion.weights.precision import working_dtype
 from fusion.weights.source import TensorSource
 
 READ = 1 << 18  # elements that are read at a time: a megabyte of float32, cheap to ask for
@@ -170,9 +171,7 @@ def _rows(
     rows = [source.read(name, start, stop) for source in sources]
     if on_read is not None:
         on_read(sum(row.nbytes for row in rows))
-    dtype = torch.float32
-    for row in rows:
-        dtype = torch.promote_types(dtype, row.dtype)
+    dtype = working_dtype(rows)
     if inside is not None:
         rows = [row[(inside - start).to(row.device)] for row in rows]
     return [row.to(dtype) for row in rows]

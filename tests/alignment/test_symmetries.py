@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.alignment import (
+    align,
     apply_permutation,
     compose,
     inverse,
@@ -17,6 +20,7 @@ from fusion.alignment import (
     random_permutation,
     spec_from_table,
 )
+from fusion.alignment.example import example_input_for
 from fusion.errors import UserError
 from fusion.models import CifarResNet, SeparableResNet
 
@@ -216,6 +220,69 @@ def test_a_hook_that_the_graph_does_not_show_is_not_passed_over() -> None:
         torch.testing.assert_close(permuted(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+def test_one_weight_in_convolutions_of_different_groups_is_left_alone() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = F.conv2d(m.a(x), m.w, padding=1).relu()
+        return m.head(F.conv2d(input=x, weight=m.w, padding=1, groups=2).mean((2, 3)))
+
+    weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+    model = Net(forward, a=conv(3, 4), w=weight, head=nn.Linear(8, 5)).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    spec = permutation_spec(model, x)
+    assert "w belongs to convolutions of different groups" in {f.reason for f in spec.fixed}
+    permuted = apply_permutation(model, spec, random_permutation(spec, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(permuted(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_tensors_that_are_no_parameters_do_not_stand_in_the_way() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = (x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / m.scales[0]
+        return m.head(m.a(x).mean((2, 3)))
+
+    model = Net(forward, a=conv(3, 6), head=nn.Linear(6, 4)).eval()
+    model.scales = [torch.full((1, 3, 1, 1), 0.25)]
+    spec = permutation_spec(model, torch.zeros(1, 3, 8, 8))
+    assert set(spec.by_name) == {"a"}
+    assert model.scales[0].device == torch.device("cpu")
+    assert torch.equal(example_input_for(model), torch.zeros(1, 3, 224, 224))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model = OURS["cifar, shortcut B"]().eval()
+    x = torch.zeros(1, 3, 16, 16)
+    expected = str(permutation_spec(model, x))
+    with torch.device("meta"):
+        spec = permutation_spec(model, x)
+        drawn = random_permutation(spec, 1)
+        moved = apply_permutation(model, spec, drawn)
+        found = align(moved, model, spec=spec)
+    assert str(spec) == expected
+    assert all(torch.equal(found.permutations[k], p) for k, p in inverse(spec, drawn).items())
+
+
+def test_a_state_that_is_no_tensor_and_a_mapping_that_is_no_dict() -> None:
+    class Counting(nn.ReLU):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.act(m.a(x)).mean((2, 3)))
+
+    model = Net(forward, a=conv(3, 6), act=Counting(), head=nn.Linear(6, 4)).eval()
+    x = torch.zeros(1, 3, 8, 8)
+    spec = permutation_spec(model, x)
+    drawn = random_permutation(spec, 1)
+    aligned = align(apply_permutation(model, spec, drawn), model, spec=spec).model
+    assert torch.equal(aligned.a.weight, model.a.weight)
+    view = MappingProxyType(dict(model.named_parameters()))
+    permuted = apply_permutation(view, spec, drawn)
+    assert torch.equal(permuted["a.weight"], model.a.weight[drawn["a"]])
+
+
 def test_inputs_are_untouched_and_metadata_stays() -> None:
     model = OURS["separable"]().eval()
     state = model.state_dict()
@@ -252,6 +319,20 @@ def test_mistakes_are_named() -> None:
     outer = Net(lambda m, x: m.inner(x), inner=inner).eval()
     with pytest.raises(UserError, match=r"cannot be traced: module 'inner'.*if x.sum\(\) > 0"):
         permutation_spec(outer, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="give a tensor as the network takes it"):
+        permutation_spec(model, (1, 3, 16, 16))  # type: ignore[arg-type]
+    outer.forward = types.MethodType(lambda m, x: m.inner(x), outer)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="replaced on the instance"):
+        permutation_spec(outer, torch.zeros(1, 3, 8, 8))
+
+    def in_place(m: Net, x: Tensor) -> Tensor:
+        return m.head(m.a(x).mean((2, 3)).unsqueeze_(1)).squeeze(1)
+
+    net = Net(in_place, a=conv(3, 6), head=nn.Linear(6, 4)).eval()
+    with pytest.raises(UserError, match=r"unsqueeze_ changes a shape in place.*use unsqueeze$"):
+        permutation_spec(net, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="example_input: 8 is no shape"):
+        example_input_for(model, 8)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="takes 1 tensors, 2 came"):
         permutation_spec(model, (torch.zeros(1, 3, 16, 16), torch.zeros(1)))
 

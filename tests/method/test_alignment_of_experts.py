@@ -93,6 +93,52 @@ def test_the_mean_of_shuffled_copies_computes_what_the_copy_computes(base, optio
         torch.testing.assert_close(merged(images), base(images), rtol=1e-4, atol=1e-4)
 
 
+def test_merge_many_keeps_the_references_own_tensors_in_the_common_order(base, train_digits):
+    images = train_digits.normalise(train_digits.images[:64])
+    pool = BaseModelPool({name: shuffled(base, seed) for seed, name in enumerate("abc")})
+    statistics = GitReBasin(batch_norm="pretrained", merge_many=True, plot=False).run(pool).eval()
+    experts = {name: shuffled(base, seed) for seed, name in enumerate("abc")}
+    for classes, expert in zip((4, 3, 2), experts.values(), strict=True):
+        expert.linear = nn.Linear(expert.linear.in_features, classes)
+    pool = BaseModelPool({"_pretrained_": base, **experts})
+    head = GitReBasin(batch_norm="merge", merge_many=True, plot=False).run(pool).eval()
+    with torch.no_grad():
+        for merged in (statistics, head):
+            torch.testing.assert_close(merged(images), base(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_norm", ["recalibrate", "repair"])
+def test_members_of_different_precision(base, peers, train_digits, batch_norm):
+    members = {name: copy.deepcopy(peer).bfloat16() for name, peer in peers.items()}
+    wide = {name: copy.deepcopy(peer) for name, peer in peers.items()}
+    images = train_digits.normalise(train_digits.images[:200])
+    found = []
+    for pretrained, experts in ((base, wide), (copy.deepcopy(base).double(), members)):
+        pool = BaseModelPool(
+            {"_pretrained_": pretrained, **experts}, train_datasets={"_pretrained_": train_digits}
+        )
+        merged = GitReBasin(batch_norm=batch_norm, calibration_images=500, plot=False).run(pool)
+        with torch.no_grad():
+            found.append(merged.eval().double()(images.double()))
+    assert (found[0] - found[1]).norm() / found[0].norm() < 0.05  # bfloat16: 8 bits
+
+
+def test_a_network_with_tensors_of_its_own_needs_no_example(base):
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.full((1, 1, 1, 1), 0.5)
+            self.net = copy.deepcopy(base)
+
+        def forward(self, x):
+            return self.net(x - self.mean)
+
+    nets = {name: Normalising().eval() for name in "ab"}
+    GitReBasin(plot=False).run(nets)
+    with pytest.raises(UserError, match=r"Branching cannot be traced.*if x\.sum"):
+        GitReBasin(plot=False).run({name: Branching().eval() for name in "ab"})
+
+
 def test_the_pretrained_model_is_the_reference_and_no_part_of_the_mean(base, peers, strangers):
     rebasin = GitReBasin(batch_norm="merge", plot=False)
     merged = rebasin.run({"_pretrained_": base, **strangers}).state_dict()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pandas as pd
 import pytest
 import torch
@@ -35,6 +37,8 @@ def test_a_shuffled_copy_has_no_barrier_once_it_is_aligned(pair, base, equal, tm
     assert ends["accuracy"].nunique() == 1
     aligned = table.query("alignment == 'weights' and batch_norm == 'interpolate'")
     assert aligned["loss"].max() - aligned["loss"].min() < 1e-4
+    treated = table.query("alignment == 'activations' and batch_norm == 'repair'")
+    assert treated["loss"].max() - treated["loss"].min() < 0.02  # of 200 images' own statistics
     naive = table.query("alignment == 'none' and batch_norm == 'interpolate'")
     assert naive["loss"].max() - naive["loss"].min() > 1e-2
     written = pd.read_csv(tmp_path / "barrier.csv")
@@ -58,6 +62,16 @@ def test_the_barrier_is_the_fall_below_the_straight_line():
     assert row["loss_barrier"] == pytest.approx(1.0)
 
 
+def test_a_line_between_networks_of_two_shapes_is_refused(pair, base, train_digits):
+    other = copy.deepcopy(base)
+    other.linear = torch.nn.Linear(other.linear.in_features, 7)
+    networks = {"first": base, "second": other}
+    datasets = {"_pretrained_": train_digits}
+    pool = BaseModelPool(networks, train_datasets=datasets, test_datasets=datasets)
+    with pytest.raises(UserError, match=r"'linear\.weight' is .* a line needs two networks of one"):
+        InterpolationBarrier().run(pool)
+
+
 def test_what_is_missing_is_told(pair, base):
     with pytest.raises(UserError, match="the pool has 1"):
         InterpolationBarrier().run({"first": base})
@@ -65,5 +79,11 @@ def test_what_is_missing_is_told(pair, base):
         InterpolationBarrier().run({"first": base, "second": base})
     with pytest.raises(UserError, match="did you mean 'weights'"):
         InterpolationBarrier(alignments=["weight"])
-    with pytest.raises(UserError, match="points is 2"):
-        InterpolationBarrier(points=2)
+    for points in (2, 4):
+        with pytest.raises(UserError, match=f"points is {points}.*odd"):
+            InterpolationBarrier(points=points)
+    for option, given in (("alignments", []), ("batch_norm", "repair")):
+        with pytest.raises(UserError, match=f"{option} is .*give a list of"):
+            InterpolationBarrier(**{option: given})
+    with pytest.raises(UserError, match="calibration_images is 1"):
+        InterpolationBarrier(calibration_images=1)

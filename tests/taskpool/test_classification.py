@@ -86,6 +86,15 @@ def test_the_model_is_left_as_it_was(base, net, images, equal) -> None:
     assert next(base.parameters()).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_measured(base, images, dtype) -> None:
+    pool = ClassificationTaskPool({"digits": images})
+    wide = pool.evaluate(base)["digits"]["loss"]
+    assert pool.evaluate(copy.deepcopy(base).to(dtype))["digits"]["loss"] == pytest.approx(
+        wide, rel=0.02
+    )
+
+
 def test_the_mode_is_given_back_when_evaluation_fails(images) -> None:
     class Sick(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

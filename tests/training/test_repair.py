@@ -73,7 +73,7 @@ def test_every_channel_has_the_interpolated_statistics(make, batch_size, train_d
     members, merged = two_and_mean(make)
     data = train_digits.select(torch.arange(IMAGES))
     repair(merged, members, data, weights=[0.3, 0.7], batch_size=batch_size)
-    names = pre_activations(merged)
+    names = dict.fromkeys(pre_activations(merged), 1)
     sample = data.normalise(data.images)
     with torch.no_grad():
         ours = measure_channels(merged, names, iter([sample]))
@@ -89,15 +89,25 @@ def test_every_channel_has_the_interpolated_statistics(make, batch_size, train_d
 def test_the_merge_needed_it(make, train_digits) -> None:
     """The law above says something: averaging alone loses variance."""
     members, merged = two_and_mean(make)
-    names = pre_activations(merged)
+    last = pre_activations(merged)[-1]
     sample = train_digits.normalise(train_digits.images[:IMAGES])
     with torch.no_grad():
-        ours = measure_channels(merged, names[-1:], iter([sample]))[names[-1]]
-        theirs = measure_channels(members[0], names[-1:], iter([sample]))[names[-1]]
+        ours = measure_channels(merged, {last: 1}, iter([sample]))[last]
+        theirs = measure_channels(members[0], {last: 1}, iter([sample]))[last]
     assert ours.variance.mean() < 0.7 * theirs.variance.mean()
 
 
-@pytest.mark.parametrize("make", [resnet, resnet_without_affine, Plain])
+class Twice(Plain):
+    """Runs one of its layers a second time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(2 * torch.relu(self.second(x))))
+        x = torch.relu(self.up(x)).mean((2, 3))
+        return self.head(torch.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("make", [resnet, resnet_without_affine, Plain, Twice])
 def test_a_member_repaired_toward_itself_computes_the_same(make, train_digits) -> None:
     members, _ = two_and_mean(make)
     member = members[0]
@@ -110,6 +120,24 @@ def test_a_member_repaired_toward_itself_computes_the_same(make, train_digits) -
     repair(repaired, [member], data, batch_size=64)
     with torch.no_grad():
         torch.testing.assert_close(repaired(sample), member(sample), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.half)])
+def test_any_precision(dtypes, train_digits) -> None:
+    members, merged = two_and_mean(resnet)
+    data = train_digits.select(torch.arange(IMAGES))
+    exact = copy.deepcopy(merged)
+    repair(exact, members, data)
+    for member, dtype in zip(members, dtypes, strict=True):
+        member.to(dtype)
+    merged.to(dtypes[0])
+    repair(merged, members, data)
+    assert {p.dtype for p in merged.parameters()} == {dtypes[0]}
+    sample = data.normalise(data.images)
+    with torch.no_grad():
+        # Eight bits of each of a dozen layers, in members and mean.
+        error = (merged.float()(sample) - exact(sample)).norm() / exact(sample).norm()
+    assert error < 0.05
 
 
 def test_members_modes_and_the_last_layer_stay(train_digits, equal) -> None:
@@ -134,8 +162,8 @@ def test_without_a_bias_the_deviation_alone_is_repaired(train_digits) -> None:
     repair(merged, members[:1], train_digits.select(torch.arange(IMAGES)), batch_size=IMAGES)
     sample = train_digits.normalise(train_digits.images[:IMAGES])
     with torch.no_grad():
-        ours = measure_channels(merged, ["second"], iter([sample]))["second"]
-        goal = measure_channels(members[0], ["second"], iter([sample]))["second"]
+        ours = measure_channels(merged, {"second": 1}, iter([sample]))["second"]
+        goal = measure_channels(members[0], {"second": 1}, iter([sample]))["second"]
     torch.testing.assert_close(ours.variance, goal.variance, rtol=1e-4, atol=1e-6)
     assert merged.state_dict().keys() == keys
 
@@ -147,9 +175,12 @@ def test_without_a_bias_the_deviation_alone_is_repaired(train_digits) -> None:
         ({"weights": [1.0]}, "one number"),
         ({"weights": [0.0, 0.0]}, "one number"),
         ({"images": 1}, "images: 1"),
+        ({"dataset": "one image"}, "one image has no variance"),
     ],
 )
 def test_what_cannot_be(options, says, train_digits: ImageTensors) -> None:
     members, merged = two_and_mean(resnet)
+    if options.get("dataset") == "one image":
+        options = {"dataset": train_digits.select(torch.arange(1))}
     with pytest.raises(UserError, match=says):
         repair(merged, **{"members": members, "dataset": train_digits, **options})
