@@ -21,6 +21,8 @@ from fusion.alignment.permutation import identity_permutation, permute_tensor
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 
 AT_BOUND = 1e-9  # an objective this close to its bound, 1, is the maximum up to rounding
+# Unrelated units have one favourite each with a chance of n!/nⁿ: 1e-6 for 16, nothing for more.
+SURE_FROM = 16
 WORTH_MOVING = 1e-10  # gains of the objective below this are rounding
 
 
@@ -72,7 +74,10 @@ class Matching:
         """Return the better of two descents, and the objective before any.
 
         The first starts from a sweep in the order of the forward pass that looks only at positions
-        already settled; the second from the identity, unless the first reached the upper bound.
+        already settled; the second from the identity. The second is not tried where the first
+        cannot be doubted: it reached the upper bound, or, no lower than the identity, gave every
+        unit of every group the partner that it agrees with best, with at least ``SURE_FROM`` units
+        in each. (Assignments between thousands of units that disagree take minutes.)
         """
         identity = _State(self)
         before = identity.objective()
@@ -82,7 +87,8 @@ class Matching:
         forward.settle_forward()
         if forward.objective() < 1 - AT_BOUND:
             forward.descend()
-        if forward.objective() >= 1 - AT_BOUND:
+        sure = not forward.contested and all(g.size >= SURE_FROM for g in self.spec.groups)
+        if forward.objective() >= 1 - AT_BOUND or (sure and forward.objective() >= before):
             return forward.search, before
         identity.descend()
         # Equal up to rounding: the start that moves nothing without need.
@@ -109,6 +115,7 @@ class _State:
             identity_permutation(self.spec), {g.name: 0.0 for g in self.spec.groups}
         )
         self.search.objective = sum(self.dots.values())
+        self.contested = {group.name for group in self.spec.groups}
         # Blocks that moved carry their groups of units along: where each group's units come from.
         self.home = {
             name: (group, block, kind)
@@ -155,7 +162,12 @@ class _State:
                     if group.name not in dirty:
                         continue
                     dirty.discard(group.name)
-                    step = best_assignment(self.agreement(group.entries, group.size))
+                    agreement = self.agreement(group.entries, group.size)
+                    step = best_assignment(agreement)
+                    if _gives_each_its_favourite(step, agreement):
+                        self.contested.discard(group.name)
+                    else:
+                        self.contested.add(group.name)
                     if self._move(group, step):
                         dirty |= self.problem.neighbours[group.name]
                 self.search.sweeps += 1
@@ -310,6 +322,11 @@ def _kinds(spec: PermutationSpec, group: Group) -> list[tuple[list[Entry], int]]
         if keep:
             alone.append(Entry(entry.tensor, entry.axis, entry.positions[:, keep]))
     return [*kinds, (alone, 1)] if alone else kinds
+
+
+def _gives_each_its_favourite(step: Tensor, agreement: Tensor) -> bool:
+    chosen = agreement.gather(1, step.to(agreement.device).view(-1, 1)).view(-1)
+    return bool((chosen >= agreement.max(dim=1).values).all())
 
 
 def _order(seed: int, sweep: int, n: int) -> list[int]:
