@@ -84,8 +84,13 @@ def measure(name: str) -> dict[str, object]:
             spec, other, reference, seed=0, max_sweeps=100, device=torch.device("cpu")
         )
         descent = recovered(matching.descend_from_identity().permutations, planted, spec)
-        squares = sum(float(value.square().sum()) for value in matching.reference.values())
-        plain = replace(matching, weight=dict.fromkeys(matching.model, 1 / squares))
+        raw = [
+            {key: value for key, value in network.named_parameters() if key in matching.model}
+            for network in (other.requires_grad_(False), reference.requires_grad_(False))
+        ]
+        squares = sum(float(value.square().sum()) for value in raw[1].values())
+        weight = dict.fromkeys(matching.model, 1 / squares)
+        plain = replace(matching, model=raw[0], reference=raw[1], weight=weight)
         plain_descent = recovered(plain.descend_from_identity().permutations, planted, spec)
 
     wide = copy.deepcopy(reference).double()
