@@ -15,6 +15,7 @@ from fusion.alignment.permutation import apply_permutation
 from fusion.alignment.spec import PermutationSpec
 from fusion.alignment.symmetries import permutation_spec, require_eval_mode
 from fusion.errors import UserError
+from fusion.weights import exact_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,9 +125,7 @@ def align(
         spec = permutation_spec(model, example_input)
     _require_one_architecture(model, reference, spec)
 
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    if where.type == "mps":  # it has no float64, in which sums are kept
-        where = torch.device("cpu")
+    where = exact_device(device if device is not None else next(model.parameters()).device)
     if by == "weights":
         matching = by_weights(
             spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where

@@ -18,7 +18,7 @@ from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.models import find_layers
 from fusion.training.restoring import restored
-from fusion.weights import working_dtype
+from fusion.weights import exact_device, working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +82,7 @@ def repair(
             raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
     if isinstance(dataset, Sized) and len(dataset) < 2:
         raise UserError("dataset: one image has no variance; repair on 2 images or more")
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    if where.type == "mps":  # it has no float64, in which sums are kept
-        where = torch.device("cpu")
+    where = exact_device(device if device is not None else next(model.parameters()).device)
 
     def sample() -> Iterator[Tensor]:
         for pictures, _ in batches(

@@ -4,7 +4,7 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
-from fusion.weights.precision import working_dtype
+from fusion.weights.precision import exact_device, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
@@ -33,6 +33,7 @@ __all__ = [
     "StateDict",
     "TensorInfo",
     "TensorSource",
+    "exact_device",
     "lerp",
     "load_safetensors",
     "read_metadata",

@@ -1,4 +1,4 @@
-"""The precision in which tensors are worked on."""
+"""The precision in which tensors are worked on, and a device that has it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def exact_device(device: torch.device | str) -> torch.device:
+    """Return ``device``, or the CPU for one that has no float64 (MPS), in which sums are kept."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device

@@ -235,6 +235,7 @@ def test_the_laws_of_symmetry(seed: int, depth: int) -> None:
     with torch.no_grad():
         expected = model(x)
     spec = permutation_spec(model, x)
+    assert spec.groups
     drawn = random_permutation(spec, 1)
     permuted = apply_permutation(model, spec, drawn)
     with torch.no_grad():
