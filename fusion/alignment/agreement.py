@@ -236,7 +236,7 @@ def _channels(entry: Entry, group: Group, module: nn.Module) -> Tensor | None:
     if rows == width == 1:  # depthwise
         return entry.positions
     if group.members:
-        return entry.positions[:, :1] // rows * width + torch.arange(width)
+        return entry.positions[:, :1] // rows * width + torch.arange(width, device="cpu")
     return None
 
 

@@ -25,8 +25,8 @@ _CURE = "pass a permutation spec written by hand, or rewrite the forward pass"
 class Graph:
     """A traced network: ``nodes`` in the order of the forward pass and the ``value`` of each.
 
-    Values are what the node returns for the example input, on the meta device where possible: use
-    their shapes, not their contents.
+    Values are what the node returns for the example input, on the meta device: they have shapes and
+    no contents.
     """
 
     module: nn.Module
