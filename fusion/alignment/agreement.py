@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fusion.alignment.matching import Matching
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, first_line
-from fusion.weights import working_dtype
+from fusion.weights import image_dtype, working_dtype
 
 _AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -94,9 +94,8 @@ def by_activations(
             "by='activations' watches the outputs of convolution and linear modules, and none of "
             "them makes the units of a group; choose by='weights'"
         )
-    dtype = working_dtype([*model.parameters(), *reference.parameters()])
-    networks = model.to(device, dtype), reference.to(device, dtype)
-    tables = _correlations(*networks, {key: outputs[key] for key in seen.by_tensor}, data)
+    watched = {key: outputs[key] for key in seen.by_tensor}
+    tables = _correlations(model.to(device), reference.to(device), watched, data, device)
     eyes = {
         key: torch.eye(len(table), dtype=table.dtype, device=device)
         for key, table in tables.items()
@@ -111,10 +110,10 @@ def _correlations(
     reference: nn.Module,
     watched: dict[str, tuple[str, int]],
     data: Iterable[Any],
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Return for each weight (channels, channels): model's channel by reference's channel."""
     moments = {key: _Moments() for key in watched}
-    some = next(p for p in model.parameters() if p.is_floating_point())
     images = 0
     with _Recorder(model, watched) as ours, _Recorder(reference, watched) as theirs:
         batches = [data] if isinstance(data, Tensor) else data
@@ -122,8 +121,8 @@ def _correlations(
             pictures = batch[0] if isinstance(batch, tuple | list) else batch
             for x in pictures.split(_AT_ONCE):
                 images += len(x)
-                _run(model, x.to(some))
-                _run(reference, x.to(some))
+                _run(model, x.to(device))
+                _run(reference, x.to(device))
                 for key in watched:
                     moments[key].add(ours.take(key), theirs.take(key))
     if images == 0:
@@ -134,7 +133,7 @@ def _correlations(
 @torch.no_grad()
 def _run(model: nn.Module, x: Tensor) -> None:
     try:
-        model(x)
+        model(x.to(image_dtype(model)))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"data: images of shape {tuple(x.shape)} do not fit {type(model).__name__} "
@@ -183,6 +182,8 @@ class _Moments:
     def add(self, ours: Tensor | None, theirs: Tensor | None) -> None:
         if ours is None or theirs is None:
             return
+        dtype = working_dtype([ours, theirs])
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
         if self.count == 0:
             # Differences from the first batch's means: small numbers, so their squares keep digits.
             self.shift = ours.mean(1, keepdim=True), theirs.mean(1, keepdim=True)

@@ -216,19 +216,19 @@ def cycle_consistency(
     forth = forth or align(model, reference, **options)
     back = align(reference, model, **options)
     returned = apply_permutation(forth.model, spec, back.permutations)
-    pairs = list(zip(model.parameters(), returned.parameters(), strict=True))
-    squares = sum(
-        float((a.detach().double() - b.detach().double()).square().sum()) for a, b in pairs
-    )
+    pairs = [
+        tuple(p.detach().to(exact_device(p.device)).double() for p in pair)
+        for pair in zip(model.parameters(), returned.parameters(), strict=True)
+    ]
+    squares = sum(float((a - b).square().sum()) for a, b in pairs)
     return squares / max(sum(a.numel() for a, _ in pairs), 1)
 
 
 def _require_finite(network: nn.Module, which: str) -> None:
     for name, tensor in network.state_dict().items():
-        # One pass: a sum in float64 is finite exactly if every term is.
         if not isinstance(tensor, Tensor):
             continue  # a module's extra state
-        if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(
                 f"{which} has weights that are not finite in '{name}'; "
                 f"alignment compares weights, so give a network that trained without overflow"

@@ -46,12 +46,13 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
         except UserError as error:
             if shape is not None:
                 raise
-            failures.append(f"{candidate}: {error}")
+            failures.append((candidate, error))
         else:
             return example
+    tried = ", ".join(str(candidate) for candidate, _ in failures)
     raise UserError(
         f"no example input was found for {type(model).__name__} "
-        f"({failures[-1] if failures else 'it has no convolution or linear layer'}); "
+        f"({f'tried {tried}' if tried else 'it has no convolution or linear layer'}); "
         f"give the shape of one image as example_input: [channels, height, width]"
     )
 

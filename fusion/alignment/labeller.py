@@ -93,7 +93,9 @@ class Labeller:
         x = args[0]
         weight, bias = owned.get("weight"), owned.get("bias")
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return rules.unknown(f"{why}, which has hooks", real, (args, kwargs, owned))
+            return rules.unknown(
+                f"{why}, whose hooks the graph does not show", real, (args, kwargs, owned)
+            )
         kind = type(module)  # exactly: a subclass may compute something else
         if kind in CONVOLUTIONS + TRANSPOSED and weight is not None:
             groups, transposed = int(module.groups), kind in TRANSPOSED  # type: ignore[arg-type]

@@ -158,10 +158,10 @@ def check_permutations(spec: PermutationSpec, permutations: Permutations) -> Non
         group = spec.by_name.get(name)
         if group is None:
             raise UserError(f"the spec has no group '{name}'{suggestion(name, spec.by_name)}")
-        if p.is_floating_point() or sorted(p.tolist()) != list(range(group.size)):
+        if p.dtype != torch.int64 or p.ndim != 1 or sorted(p.tolist()) != list(range(group.size)):
             raise UserError(
                 f"group '{name}' has {group.size} places; its permutation must hold each of "
-                f"0…{group.size - 1} once, got a tensor of shape {tuple(p.shape)}"
+                f"0…{group.size - 1} once, as int64; got {p.dtype} of shape {tuple(p.shape)}"
             )
 
 

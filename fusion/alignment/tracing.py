@@ -76,14 +76,15 @@ def symbolic_trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Modu
     if "forward" in vars(model):
         raise UserError(
             f"{name} cannot be traced: its forward was replaced on the instance, where a trace "
-            f"does not look; make a subclass with that forward"
+            f"does not look; make a subclass with that forward (of a network from torch.compile, "
+            f"give its _orig_mod)"
         )
     try:
         skeleton = _weightless(model).train(training)
-    except RuntimeError as error:
+    except Exception as error:  # a module may hold anything
         raise UserError(
             f"{name} cannot be copied ({first_line(error)}); remove what hangs on it, such as "
-            f"torch.nn.utils.weight_norm (remove_weight_norm)"
+            f"torch.nn.utils.weight_norm (remove_weight_norm), and run lazy layers once"
         ) from error
     tracer = _Tracer()
     try:
@@ -99,6 +100,8 @@ def symbolic_trace(model: nn.Module, *, training: bool = False) -> tuple[nn.Modu
                 f"{name} cannot be traced: {node.target} changes a shape in place, after which one "
                 f"name means two shapes; use {str(node.target).rstrip('_')}"
             )
+        if isinstance(node.kwargs.get("device"), torch.device | str):
+            node.kwargs = {**node.kwargs, "device": "meta"}
     _forget_loose_tensors(skeleton)
     # Batch norm on one image cannot run in training mode; the graph stays as it is.
     return skeleton.eval(), graph
@@ -123,13 +126,15 @@ def run_on_shapes(traced: tuple[nn.Module, fx.Graph], inputs: Sequence[Tensor]) 
         )
     nodes = tuple(graph.nodes)
     try:
-        return Graph(skeleton, nodes, _run(skeleton, nodes, inputs))
+        with torch.device("meta"):  # for what the forward pass makes without naming a device
+            return Graph(skeleton, nodes, _run(skeleton, nodes, inputs))
     except _NodeFailed as failed:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise UserError(
             f"example_input of shape {shapes} does not fit {name}: "
             f"'{failed.node.target}' fails ({first_line(failed.error)}); "
-            f"give an input as the network takes it, with its batch axis"
+            f"give an input as the network takes it, with its batch axis, or a permutation spec "
+            f"written by hand"
         ) from failed.error
 
 
@@ -170,12 +175,13 @@ def _weightless(model: nn.Module) -> nn.Module:
 def _forget_loose_tensors(module: nn.Module) -> None:
     """Move to the meta device what is neither a parameter nor a buffer: plain attributes.
 
-    Not before the trace, in which the forward pass may ask for their values.
+    Not before the trace, in which the forward pass may ask for their values, and not integers and
+    masks, which may be an index.
     """
     own = vars(nn.Module()).keys()  # parameters, buffers, hooks and the like
     for part in module.modules():
         loose = {name: value for name, value in vars(part).items() if name not in own}
-        vars(part).update(nested(loose, lambda value: value.to("meta")))
+        vars(part).update(nested(loose, lambda t: t.to("meta") if t.is_floating_point() else t))
 
 
 def _place(where: str, error: BaseException) -> str:

@@ -22,7 +22,6 @@ from fusion.alignment.align import By
 from fusion.alignment.example import example_input_for
 from fusion.alignment.tracing import symbolic_trace
 from fusion.data import batches
-from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.method.base import BaseAlgorithm
 from fusion.method.merge_many import Joined
@@ -73,14 +72,10 @@ def check_alignable(modelpool: BaseModelPool, shape: Sequence[int] | None = None
         UserError: the network cannot be traced, or no example input fits it.
     """
     model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
-    symbolic_trace(model)
-    try:
-        example = example_input_for(model, shape)
-    except UserError:
-        if shape is None and modelpool.train_dataset_names:
-            return  # the pool's own images will tell; loading them may be long work
-        raise
-    permutation_spec(model, example)
+    if shape is None and modelpool.train_dataset_names:
+        symbolic_trace(model)  # the pool's own images will do; loading them may be long work
+    else:
+        example_input_for(model, shape)
 
 
 def symmetries(

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
@@ -48,7 +47,11 @@ def mean_network(
     weights = [1.0] * len(members) if weights is None else weights
     result = copy.deepcopy(like)
     state = result.state_dict()
-    pairs = bn.statistics_keys(result)
+    pairs = [
+        pair
+        for pair in bn.statistics_keys(result)
+        if all(member[key].shape == state[key].shape for member in members for key in pair)
+    ]
     kept = {key for pair in pairs for key in pair}
     merged: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -85,7 +88,7 @@ def check_treatment(treatment: str, modelpool: BaseModelPool, model: nn.Module) 
     if not modelpool.train_dataset_names:
         raise UserError(
             "batch_norm=repair needs images, and the pool has no train_datasets; add them, or "
-            "choose batch_norm=merge or batch_norm=pretrained"
+            "choose batch_norm=interpolate, merge or pretrained"
         )
     return treatment
 
@@ -120,9 +123,8 @@ def treat(
             model, modelpool, fabric, images=images, batch_size=batch_size, seed=seed
         )
     if treatment == "repair":
-        home = next((p.device for p in model.parameters()), torch.device("cpu"))
         repair(
-            model.to(fabric.device),
+            model,
             members,
             modelpool.calibration_dataset(),  # type: ignore[arg-type]
             weights=weights,
@@ -131,5 +133,4 @@ def treat(
             seed=seed,
             device=fabric.device,
         )
-        model.to(home)
     return model

@@ -47,7 +47,7 @@ def chosen_treatment(treatment: str, modelpool: BaseModelPool, model: nn.Module)
     if treatment == "recalibrate" and not modelpool.train_dataset_names:
         raise UserError(
             "batch_norm=recalibrate needs images, and the pool has no train_datasets; add them, "
-            "or choose batch_norm=merge or batch_norm=pretrained"
+            "or choose batch_norm=merge or pretrained"
         )
     return treatment
 

@@ -209,5 +209,6 @@ class GitReBasin(BaseAlgorithm):
         name = modelpool.pretrained_or_first_name
         if name in found:
             return dict(experts), records, found[name].model
-        mean = mean_network(reference, list(experts.values()))
-        return dict(experts), records, align(reference, mean, spec=spec, device=device).model
+        mean = mean_network(reference, list(experts.values()), statistics="pretrained")
+        aligned = align(reference, mean, spec=spec, seed=self.seed, device=device)
+        return dict(experts), records, aligned.model

@@ -121,11 +121,11 @@ class InterpolationBarrier(BaseAlgorithm):
             for name in modelpool.model_names
         ]
         for key, shape in shapes[0].items():
-            if shapes[1].get(key) != shape:
+            if shapes[1][key] != shape:
                 first, second = modelpool.model_names
                 raise UserError(
                     f"'{key}' is {tuple(shape)} in '{first}' and "
-                    f"{tuple(shapes[1].get(key, ()))} in '{second}'; a line needs two networks of "
+                    f"{tuple(shapes[1][key])} in '{second}'; a line needs two networks of "
                     f"one shape, heads included"
                 )
         check_alignable(modelpool)

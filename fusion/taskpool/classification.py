@@ -15,6 +15,7 @@ from fusion.data import batches
 from fusion.errors import UserError
 from fusion.target import build, is_target
 from fusion.taskpool.base import BaseTaskPool
+from fusion.weights import image_dtype
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class ClassificationTaskPool(BaseTaskPool):
         labels = tuple(getattr(dataset, "original_labels", ()))
         metrics: dict[str, Any] = {}
         rows = torch.empty(0, dtype=torch.long)  # own label of the task -> column of the model
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = image_dtype(model)
         for images, targets in self._batches(dataset, device):
             images = images.to(dtype)
             scores = model(images) if self.fabric is None else self._autocast(model, images)

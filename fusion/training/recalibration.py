@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.training.restoring import restored
-from fusion.weights import working_dtype
+from fusion.weights import image_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ def recalibrate_batch_norm(
     used = 0
     try:
         with restored(model):
-            dtype = working_dtype(model.parameters())
-            model.to(device, dtype)
+            model.to(device)
             model.eval()
             for norm in norms:
                 norm.train()
@@ -92,7 +91,7 @@ def recalibrate_batch_norm(
                 used += len(pictures)
                 for norm in norms:
                     norm.momentum = len(pictures) / used
-                model(pictures.to(dtype))
+                model(pictures.to(image_dtype(model)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

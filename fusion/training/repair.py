@@ -18,7 +18,7 @@ from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.models import find_layers
 from fusion.training.restoring import restored
-from fusion.weights import exact_device, working_dtype
+from fusion.weights import exact_device, image_dtype, working_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +49,11 @@ def repair(
     a shift that are folded into the weights: where a batch norm follows, its running statistics
     become those of its input and its scale and shift the interpolated deviation and mean; else
     weight and bias of the convolution or linear layer are rescaled. Each layer is measured after
-    all before it were repaired, on the same images, so the law holds exactly at every one, for any
-    batch size; the price is a pass per layer, up to that layer. A layer that runs several times in
-    a pass is measured over all its calls, and repaired once. The last layer, whose outputs are the
-    class scores, is left alone.
+    all before it were repaired, on the same images, so the law holds exactly at every layer that
+    runs once, for any batch size; the price is a pass per layer, up to that layer. A layer that
+    runs several times in a pass is measured over all its calls and repaired once, which changes
+    what its later calls are given. The last layer, whose outputs are the class scores, is left
+    alone.
 
     Without a bias only the deviation can be repaired, and without scale and shift a batch norm is
     only recalibrated. A channel that does not vary in the merged network only gets the mean.
@@ -169,7 +170,7 @@ def measure_channels(
 
 
 def _look(model: nn.Module, pictures: Tensor) -> None:
-    model(pictures.to(next(model.parameters()).dtype))
+    model(pictures.to(image_dtype(model)))
 
 
 class _Enough(Exception):  # noqa: N818  # no error: the rest of the pass is not needed
@@ -204,12 +205,9 @@ class _Moments:
 
 @contextmanager
 def _ready(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have ``model`` in eval mode on ``device``, and give it back as it came.
-
-    Meanwhile half precisions are widened: their running sums would be of two digits.
-    """
+    """Have ``model`` in eval mode on ``device``, and give it back as it came."""
     with restored(model):
-        model.to(device, working_dtype(model.parameters()))
+        model.to(device)
         model.eval()
         yield
 

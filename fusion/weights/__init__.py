@@ -4,7 +4,7 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
-from fusion.weights.precision import exact_device, working_dtype
+from fusion.weights.precision import exact_device, image_dtype, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
@@ -34,6 +34,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "exact_device",
+    "image_dtype",
     "lerp",
     "load_safetensors",
     "read_metadata",

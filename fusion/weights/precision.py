@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -15,6 +15,12 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
         if tensor.is_floating_point():
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type in which ``model`` takes images: its parameters', float32 if they differ."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def exact_device(device: torch.device | str) -> torch.device:

@@ -214,7 +214,7 @@ def test_a_hook_that_the_graph_does_not_show_is_not_passed_over() -> None:
     ramp = torch.arange(1.0, 9.0, dtype=torch.float64).view(-1, 1, 1)
     model.b.register_forward_hook(lambda module, args, output: output * ramp.to(output.device))
     spec = permutation_spec(model, x)
-    assert "b (Conv2d), which has hooks" in {f.reason for f in spec.fixed}
+    assert "b (Conv2d), whose hooks the graph does not show" in {f.reason for f in spec.fixed}
     permuted = apply_permutation(model, spec, random_permutation(spec, 1))
     with torch.no_grad():
         torch.testing.assert_close(permuted(x), model(x), rtol=1e-12, atol=1e-12)
@@ -238,12 +238,17 @@ def test_one_weight_in_convolutions_of_different_groups_is_left_alone() -> None:
 def test_tensors_that_are_no_parameters_do_not_stand_in_the_way() -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         x = (x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / m.scales[0]
-        return m.head(m.a(x).mean((2, 3)))
+        x = x[:, m.order] * torch.arange(x.shape[-1])
+        return m.head(m.a(x)[:, m.mask].mean((2, 3)))
 
     model = Net(forward, a=conv(3, 6), head=nn.Linear(6, 4)).eval()
     model.scales = [torch.full((1, 3, 1, 1), 0.25)]
+    model.order, model.mask = torch.tensor([2, 1, 0]), torch.ones(6, dtype=torch.bool)
     spec = permutation_spec(model, torch.zeros(1, 3, 8, 8))
-    assert set(spec.by_name) == {"a"}
+    assert {f.reason for f in spec.fixed if f.tensor == "a.weight"} == {
+        "input",
+        "getitem_2 (getitem)",
+    }
     assert model.scales[0].device == torch.device("cpu")
     assert torch.equal(example_input_for(model), torch.zeros(1, 3, 224, 224))
 
@@ -325,6 +330,9 @@ def test_mistakes_are_named() -> None:
     normed(torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match=r"cannot be copied.*remove_weight_norm"):
         permutation_spec(normed, torch.zeros(1, 3, 8, 8))
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3)).eval()
+    with pytest.raises(UserError, match="run lazy layers once"):
+        permutation_spec(lazy, torch.zeros(1, 3, 8, 8))
     outer.forward = types.MethodType(lambda m, x: m.inner(x), outer)  # type: ignore[method-assign]
     with pytest.raises(UserError, match="replaced on the instance"):
         permutation_spec(outer, torch.zeros(1, 3, 8, 8))
@@ -344,6 +352,9 @@ def test_mistakes_are_named() -> None:
     group = spec.groups[0]
     with pytest.raises(UserError, match=f"did you mean '{group.name}'"):
         apply_permutation(model, spec, {group.name + "x": torch.arange(group.size)})
+    for wrong in (torch.tensor(0), torch.ones(group.size, dtype=torch.bool)):
+        with pytest.raises(UserError, match=r"each of 0….*once, as int64"):
+            apply_permutation(model, spec, {group.name: wrong})
     with pytest.raises(UserError, match="each of 0…"):
         apply_permutation(model, spec, {group.name: torch.zeros(group.size, dtype=torch.int64)})
     with pytest.raises(UserError, match=r"does not have; did you mean 'conv1\.weight'"):

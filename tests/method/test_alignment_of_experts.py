@@ -99,7 +99,10 @@ def test_merge_many_keeps_the_references_own_tensors_in_the_common_order(base, t
     statistics = GitReBasin(batch_norm="pretrained", merge_many=True, plot=False).run(pool).eval()
     experts = {name: shuffled(base, seed) for seed, name in enumerate("abc")}
     for classes, expert in zip((4, 3, 2), experts.values(), strict=True):
-        expert.linear = nn.Linear(expert.linear.in_features, classes)
+        head = nn.Linear(expert.linear.in_features, classes)
+        expert.linear = nn.Sequential(head, nn.BatchNorm1d(classes))
+    base = copy.deepcopy(base)
+    base.linear = nn.Sequential(base.linear, nn.BatchNorm1d(base.linear.out_features)).eval()
     pool = BaseModelPool({"_pretrained_": base, **experts})
     head = GitReBasin(batch_norm="merge", merge_many=True, plot=False).run(pool).eval()
     with torch.no_grad():

@@ -95,6 +95,20 @@ def test_a_model_of_another_precision_is_measured(base, images, dtype) -> None:
     )
 
 
+def test_a_model_of_several_precisions_takes_images_as_they_are(base, images) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.net = base
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) / self.temperature
+
+    pool = ClassificationTaskPool({"digits": images})
+    assert pool.evaluate(Scaled()) == pool.evaluate(base)
+
+
 def test_the_mode_is_given_back_when_evaluation_fails(images) -> None:
     class Sick(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusion.data import ImageTensors
 from fusion.errors import UserError
 from fusion.models import CifarResNet
+from fusion.training import recalibrate_batch_norm
 from fusion.training.repair import measure_channels, pre_activations, repair
 
 IMAGES = 300
@@ -138,6 +139,25 @@ def test_any_precision(dtypes, train_digits) -> None:
         # Eight bits of each of a dozen layers, in members and mean.
         error = (merged.float()(sample) - exact(sample)).norm() / exact(sample).norm()
     assert error < 0.05
+
+
+def test_a_network_that_casts_and_its_buffers_are_left_as_they_are(train_digits) -> None:
+    class Casting(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net.bfloat16()
+            self.register_buffer("offset", torch.tensor([0.1307], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net((x - self.offset).bfloat16()).float()
+
+    members, merged = two_and_mean(resnet)
+    networks = [Casting(network) for network in (merged, *members)]
+    data = train_digits.select(torch.arange(IMAGES))
+    assert repair(networks[0], networks[1:], data) == 9
+    assert recalibrate_batch_norm(networks[0], data) == IMAGES
+    for network in networks:
+        assert torch.equal(network.offset, torch.tensor([0.1307], dtype=torch.float64))
 
 
 def test_members_modes_and_the_last_layer_stay(train_digits, equal) -> None:
