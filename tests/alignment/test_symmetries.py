@@ -326,7 +326,8 @@ def test_mistakes_are_named() -> None:
         permutation_spec(outer, torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="give a tensor as the network takes it"):
         permutation_spec(model, (1, 3, 16, 16))  # type: ignore[arg-type]
-    normed = nn.Sequential(nn.utils.weight_norm(conv(3, 6)), conv(6, 4)).eval()
+    with pytest.warns(FutureWarning):
+        normed = nn.Sequential(nn.utils.weight_norm(conv(3, 6)), conv(6, 4)).eval()
     normed(torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match=r"cannot be copied.*remove_weight_norm"):
         permutation_spec(normed, torch.zeros(1, 3, 8, 8))
