@@ -12,13 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fusion.alignment.matching import Matching
+from fusion.alignment.operations import CONVOLUTIONS, TRANSPOSED
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, first_line
 from fusion.weights import image_dtype, working_dtype
 
 _AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def by_weights(
@@ -214,7 +213,7 @@ def _outputs(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Return for each weight its module and the channel axis of the module's output."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, _CONVOLUTIONS + _TRANSPOSED):
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
             found[f"{name}.weight"] = (name, 1 - module.weight.ndim)
         elif isinstance(module, nn.Linear):
             found[f"{name}.weight"] = (name, -1)
@@ -227,7 +226,7 @@ def _channels(entry: Entry, group: Group, module: nn.Module) -> Tensor | None:
     None: the entry is on the weight's inputs. A grouped transposed convolution holds its outputs
     group by group along axis 1; its blocks are told by the inputs that move with them.
     """
-    if not isinstance(module, _TRANSPOSED):
+    if not isinstance(module, TRANSPOSED):
         return entry.positions if entry.axis == 0 else None
     rows, width = module.in_channels // module.groups, module.out_channels // module.groups
     if module.groups == 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fusion.alignment.operations import CONVOLUTIONS
 from fusion.alignment.tracing import run_on_shapes, symbolic_trace
 from fusion.errors import UserError
 
@@ -14,7 +15,6 @@ from fusion.errors import UserError
 # ImageNet, MNIST, and scikit-learn's digits. Large ones first: where many sides fit, all give the
 # same symmetries, and where a network needs room to shrink the image, only they fit.
 SIDES = (224, 299, 32, 64, 28, 8)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> Tensor:
@@ -38,18 +38,16 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
     traced = symbolic_trace(model)
     parameter = next(model.parameters(), torch.empty(0))
     shapes = [tuple(shape)] if shape is not None else _guesses(model)
-    failures = []
     for candidate in shapes:
         example = torch.zeros(1, *candidate, dtype=parameter.dtype, device=parameter.device)
         try:
             run_on_shapes(traced, [example])
-        except UserError as error:
+        except UserError:
             if shape is not None:
                 raise
-            failures.append((candidate, error))
         else:
             return example
-    tried = ", ".join(str(candidate) for candidate, _ in failures)
+    tried = ", ".join(str(candidate) for candidate in shapes)
     raise UserError(
         f"no example input was found for {type(model).__name__} "
         f"({f'tried {tried}' if tried else 'it has no convolution or linear layer'}); "
@@ -63,7 +61,7 @@ def _is_shape(shape: object) -> bool:
 
 def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
     for module in model.modules():
-        if isinstance(module, _CONVOLUTIONS):
+        if isinstance(module, CONVOLUTIONS):
             return [(module.in_channels, *[side] * len(module.kernel_size)) for side in SIDES]
         if isinstance(module, nn.Linear):
             return [(module.in_features,)]

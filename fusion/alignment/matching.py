@@ -7,7 +7,6 @@ permutation: a linear assignment problem.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fusion.alignment.assignment import best_assignment, best_block_assignment
-from fusion.alignment.permutation import identity_permutation, permute_tensor
+from fusion.alignment.permutation import identity_permutation, permute_tensor, random_order
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 
 AT_BOUND = 1e-9  # an objective this close to its bound, 1, is the maximum up to rounding
@@ -157,7 +156,8 @@ class _State:
             for sweep in range(self.problem.max_sweeps):
                 if not dirty:
                     break
-                for index in _order(self.problem.seed, sweep, len(self.spec.groups)):
+                order = random_order(len(self.spec.groups), f"{self.problem.seed}/sweep {sweep}")
+                for index in order.tolist():
                     group = self.spec.groups[index]
                     if group.name not in dirty:
                         continue
@@ -327,10 +327,3 @@ def _kinds(spec: PermutationSpec, group: Group) -> list[tuple[list[Entry], int]]
 def _gives_each_its_favourite(step: Tensor, agreement: Tensor) -> bool:
     chosen = agreement.gather(1, step.to(agreement.device).view(-1, 1)).view(-1)
     return bool((chosen >= agreement.max(dim=1).values).all())
-
-
-def _order(seed: int, sweep: int, n: int) -> list[int]:
-    digest = hashlib.blake2b(f"{seed}/sweep {sweep}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    order: list[int] = torch.randperm(n, generator=generator).tolist()
-    return order

@@ -30,10 +30,15 @@ def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor
     """Draw a permutation of every group, each from ``seed`` and the group's name alone."""
     drawn = {}
     for group in spec.groups:
-        digest = hashlib.blake2b(f"{seed}/{group.name}".encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        drawn[group.name] = torch.randperm(group.size, generator=generator, device="cpu")
+        drawn[group.name] = random_order(group.size, f"{seed}/{group.name}")
     return drawn
+
+
+def random_order(n: int, key: str) -> Tensor:
+    """Draw an order of ``n`` things from ``key`` alone: (n,) int64 on the CPU."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:

@@ -46,9 +46,7 @@ class Rules:
 
     def __init__(self, model: nn.Module) -> None:
         self.ledger = Ledger()
-        self.elementwise_parameters: dict[
-            str, Labels
-        ] = {}  # parameters that act element by element
+        self.elementwise_parameters: dict[str, Labels] = {}  # scales, shifts, masks
         self.refused: dict[str, str] = {}  # parameters of unknown operations
         self.made: dict[tuple[str, int], Vector] = {}  # the units that a weight makes
         self.groups: dict[str, int] = {}  # of the convolution that a weight belongs to

@@ -21,11 +21,12 @@ from fusion.alignment import (
 from fusion.alignment.align import By
 from fusion.alignment.example import example_input_for
 from fusion.alignment.tracing import symbolic_trace
-from fusion.data import batches
+from fusion.data import seed_from
 from fusion.files import write_text
 from fusion.method.base import BaseAlgorithm
 from fusion.method.merge_many import Joined
 from fusion.modelpool import BaseModelPool
+from fusion.training.sampling import sample_images
 from fusion.weights import ModuleSource, TensorSource
 
 if TYPE_CHECKING:
@@ -98,10 +99,17 @@ def symmetries(
 def images_of(
     modelpool: BaseModelPool, *, batch_size: int, limit: int, seed: int
 ) -> Iterator[Tensor]:
-    """Yield batches of a shuffled sample of the pool's training images."""
+    """Return batches of a shuffled sample of the pool's training images, as an iterator."""
     dataset: Any = modelpool.calibration_dataset()
-    for images, _ in batches(dataset, batch_size=batch_size, shuffle=True, seed=seed, limit=limit):
-        yield images
+    return sample_images(dataset, images=limit, batch_size=batch_size, seed=seed)
+
+
+def activation_images(
+    modelpool: BaseModelPool, *, batch_size: int, limit: int, seed: int
+) -> list[Tensor]:
+    """Return the batches on which activations are compared, held to be read for every network."""
+    own = seed_from(seed, "activations")
+    return list(images_of(modelpool, batch_size=batch_size, limit=limit, seed=own))
 
 
 def align_experts(

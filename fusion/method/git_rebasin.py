@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from fusion.alignment import align
 from fusion.alignment.align import By
-from fusion.data import seed_from
 from fusion.errors import UserError
 from fusion.method.aligned import (
     AlignmentRecord,
+    activation_images,
     align_experts,
     check_alignable,
-    images_of,
     keep_alignment,
     record_of,
     symmetries,
@@ -137,10 +136,17 @@ class GitReBasin(BaseAlgorithm):
             if self.merge_many:
                 experts, records, common = self._merge_many(modelpool, reference)
             else:
-                sample = self._sample(modelpool) if self.by == "activations" else None
+                data = None
+                if self.by == "activations":
+                    data = activation_images(
+                        modelpool,
+                        batch_size=self.batch_size,
+                        limit=self.calibration_images,
+                        seed=self.seed,
+                    )
                 aligned, records = align_experts(
                     self, modelpool, reference, names, shape=self.example_input, by=self.by,
-                    data=sample, seed=self.seed,
+                    data=data, seed=self.seed,
                 )  # fmt: skip
                 experts = dict(aligned)
             keep_alignment(self, records, plot=self.plot)
@@ -182,17 +188,6 @@ class GitReBasin(BaseAlgorithm):
             images=self.calibration_images,
             batch_size=self.batch_size,
             seed=self.seed,
-        )
-
-    def _sample(self, modelpool: BaseModelPool) -> list[Tensor]:
-        """Return the batches that activations are compared on: read once for all experts."""
-        return list(
-            images_of(
-                modelpool,
-                batch_size=self.batch_size,
-                limit=self.calibration_images,
-                seed=seed_from(self.seed, "activations"),
-            )
         )
 
     def _merge_many(

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from fusion.alignment import align
 from fusion.alignment.align import By
-from fusion.data import seed_from
 from fusion.errors import UserError
 from fusion.files import write_text
-from fusion.method.aligned import check_alignable, images_of, symmetries
+from fusion.method.aligned import activation_images, check_alignable, symmetries
 from fusion.method.averaging import mean_network, treat
 from fusion.method.base import BaseAlgorithm
 from fusion.method.batch_norm import check_sample
@@ -163,19 +162,21 @@ class InterpolationBarrier(BaseAlgorithm):
         if how == "none":
             return model
         by: By = "activations" if how == "activations" else "weights"
-        sample = images_of(
-            modelpool,
-            batch_size=self.batch_size,
-            limit=self.calibration_images,
-            seed=seed_from(self.seed, "activations"),
-        )
+        data = None
+        if by == "activations":
+            data = activation_images(
+                modelpool,
+                batch_size=self.batch_size,
+                limit=self.calibration_images,
+                seed=self.seed,
+            )
         with self.profile(f"align by {how}"):
             return align(
                 model,
                 reference,
                 spec=symmetries(reference, modelpool),
                 by=by,
-                data=list(sample) if by == "activations" else None,
+                data=data,
                 seed=self.seed,
                 device=self.fabric.device,
             ).model

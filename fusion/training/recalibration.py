@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from fusion.data import batches, seed_from
-from fusion.errors import UserError
+from fusion.data import seed_from
 from fusion.training.restoring import restored
+from fusion.training.sampling import check_enough_images, check_sample_size, sample_images
 from fusion.weights import image_dtype
 
 _log = logging.getLogger(__name__)
@@ -54,9 +53,7 @@ def recalibrate_batch_norm(
     Raises:
         UserError: ``images`` or ``batch_size`` is below 2, or the data set holds fewer than two.
     """
-    for option, value in (("images", images), ("batch_size", batch_size)):
-        if value < 2:
-            raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
+    check_sample_size(images, batch_size)
     norms = [
         module
         for module in model.modules()
@@ -65,16 +62,14 @@ def recalibrate_batch_norm(
     if not norms:
         _log.info("No batch norm with running statistics in %s", type(model).__name__)
         return 0
-    if isinstance(dataset, Sized) and len(dataset) < 2:
-        raise UserError("dataset: one image has no variance; recalibrate on 2 images or more")
+    check_enough_images(dataset, "recalibrate")
     device = device or next(model.parameters()).device
-    sample = batches(
+    sample = sample_images(
         dataset,
+        images=images,
         batch_size=batch_size,
-        device=device,
-        shuffle=True,
         seed=seed_from(seed, "recalibration"),
-        limit=images,
+        device=device,
     )
     momenta = [norm.momentum for norm in norms]
     used = 0
@@ -85,7 +80,7 @@ def recalibrate_batch_norm(
             for norm in norms:
                 norm.train()
                 norm.reset_running_stats()
-            for pictures, _ in sample:
+            for pictures in sample:
                 if len(pictures) < 2:
                     continue
                 used += len(pictures)

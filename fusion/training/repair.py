@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.data import Dataset
 
-from fusion.data import batches, seed_from
+from fusion.data import seed_from
 from fusion.errors import UserError
 from fusion.models import find_layers
 from fusion.training.restoring import restored
+from fusion.training.sampling import check_enough_images, check_sample_size, sample_images
 from fusion.weights import exact_device, image_dtype, working_dtype
 
 
@@ -78,24 +80,18 @@ def repair(
         UserError: no member, weights that are no shares, or a sample of less than two images.
     """
     shares = _shares(weights, len(members))
-    for option, value in (("images", images), ("batch_size", batch_size)):
-        if value < 2:
-            raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
-    if isinstance(dataset, Sized) and len(dataset) < 2:
-        raise UserError("dataset: one image has no variance; repair on 2 images or more")
+    check_sample_size(images, batch_size)
+    check_enough_images(dataset, "repair")
     where = exact_device(device if device is not None else next(model.parameters()).device)
 
-    def sample() -> Iterator[Tensor]:
-        for pictures, _ in batches(
-            dataset,
-            batch_size=batch_size,
-            device=where,
-            shuffle=True,
-            seed=seed_from(seed, "repair"),
-            limit=images,
-        ):
-            yield pictures
-
+    sample = partial(
+        sample_images,
+        dataset,
+        images=images,
+        batch_size=batch_size,
+        seed=seed_from(seed, "repair"),
+        device=where,
+    )
     with _ready(model, where):
         sites = pre_activations(model, next(sample())[:1])
         goals = _goals(members, sites, shares, sample, where)
