@@ -1,0 +1,1 @@
+"""Merging rules, one per file."""
