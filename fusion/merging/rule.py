@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fusion.data import seed_from
 from fusion.models import Layer
+from fusion.models.layer import Kind
+from fusion.weights.operands import normalised_weights, working_operands
 
 
 class Need(Enum):
@@ -43,6 +45,8 @@ class Piece:
             :mod:`fusion.merging.statistics` for names and shapes.
         plan: what the rule's :meth:`Rule.prepare` returned.
         seed: of everything random in this tensor.
+        start: flat position of the first entry in the whole tensor; 0 unless the piece is a part
+            of a long tensor, as only elementwise rules receive it.
     """
 
     key: str
@@ -55,6 +59,7 @@ class Piece:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     plan: Any = None
     seed: int = 0
+    start: int = 0
 
     @property
     def reference(self) -> Tensor:
@@ -76,6 +81,18 @@ class Piece:
     def relative_shares(self) -> Tensor:
         """The shares times n, (n,): all 1 where the experts count alike."""
         return self.experts.new_tensor(self.shares) * len(self.shares)
+
+    @property
+    def summed_changes(self) -> Tensor:
+        """The task vectors times their relative shares, summed up, (*shape)."""
+        total = torch.zeros_like(self.reference)
+        for expert, share in zip(self.experts, self.shares, strict=True):
+            total.add_(expert - self.reference, alpha=share * len(self.shares))
+        return total
+
+    def with_changes(self, changes: Tensor) -> Piece:
+        """Return the piece with other task vectors, (n, *shape), from the same base."""
+        return replace(self, experts=self.reference + changes)
 
     @property
     def is_matrix(self) -> bool:
@@ -118,32 +135,52 @@ class Piece:
         split = matrices.reshape(*lead, g, shape[1], shape[0] // g, -1)
         return split.transpose(-3, -2).reshape(*lead, *shape)
 
-    def generator(self, *names: str) -> torch.Generator:
-        """Return a generator on the CPU that depends on the seed, the tensor and ``names`` only."""
-        return torch.Generator().manual_seed(seed_from(self.seed, self.key, *names))
+    def seed_for(self, *names: str) -> int:
+        """Return a seed that depends on the seed, the tensor's key and ``names`` only."""
+        return seed_from(self.seed, self.key, *names)
 
 
 Pieces = Callable[[], Iterator[Piece]]
-"""Calling it walks through the tensors of the network in forward order, one in memory at a time."""
+"""Calling it walks through the tensors of the network in forward order, one in memory at a time.
+
+They are whole and have the statistics that the rule asks for, but no plan yet.
+"""
 
 
 class Rule(ABC):
     """How one tensor is merged. Subclass this as a frozen dataclass and write :meth:`merge`.
 
     The pipeline calls :meth:`prepare` once, with all tensors that will be merged, and then
-    :meth:`merge` for each of them. Floating-point parameters pass through a rule; running
-    statistics and integer buffers do not.
+    :meth:`merge` for each of them (or :meth:`merge_affine`, for a rule that is ``affine``).
+    Floating-point parameters pass through a rule; running statistics and integer buffers do not.
 
-    Attributes:
-        needs: what the rule cannot do without; a pool that lacks it is refused before any work.
-        statistics: names of the statistics of the experts' data that it reads from a piece.
-        elementwise: whether every entry of the result depends only on the same entry of the
-            operands (and on ``plan``), so that long tensors may be merged in parts.
+    The four properties say what the pipeline must bring. A subclass overrides them by plain class
+    attributes, such as ``elementwise = True``; a rule that wraps another one passes its on.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    statistics: ClassVar[frozenset[str]] = frozenset()
-    elementwise: ClassVar[bool] = False
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the rule cannot do without; a pool that lacks it is refused before any work."""
+        return frozenset()
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the statistics of the experts' data that the rule reads from a piece."""
+        return frozenset()
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each entry of the result depends only on the same entry of the operands.
+
+        The operands are the base, the experts and statistics of their shape; ``plan`` may say
+        anything. Long tensors are then merged in parts, each with its ``start``.
+        """
+        return False
+
+    @property
+    def affine(self) -> bool:
+        """Whether the weight and the bias of a layer are merged together."""
+        return False
 
     def prepare(self, pieces: Pieces) -> Any:
         """Look at the whole network before the first tensor is merged; nothing by default.
@@ -156,6 +193,18 @@ class Rule(ABC):
     @abstractmethod
     def merge(self, piece: Piece) -> Tensor:
         """Return the merged tensor, (*shape)."""
+
+    def merge_affine(self, weight: Piece, bias: Piece) -> tuple[Tensor, Tensor]:
+        """Return the merged weight and bias of one layer.
+
+        The pipeline calls this instead of :meth:`merge` for each layer whose weight and bias are
+        both to be merged, if the rule is ``affine``. Statistics come with the weight.
+
+        Args:
+            weight: the layer's weight.
+            bias: the same layer's bias, (out,) in each model.
+        """
+        return self.merge(weight), self.merge(bias)
 
 
 class TaskRule(Rule):
@@ -209,3 +258,55 @@ def mean_of_experts(piece: Piece) -> Tensor:
     for expert, share in zip(piece.experts[1:], piece.shares[1:], strict=True):
         mean.add_(expert - piece.experts[0], alpha=share)
     return mean
+
+
+def merge_tensor(
+    rule: Rule,
+    experts: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    shares: Sequence[float] | None = None,
+    kind: Kind = "linear",
+    groups: int = 1,
+    statistics: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Merge the weight of one layer as if it were the whole network: to try out a rule.
+
+    Args:
+        rule: the rule.
+        experts: the experts' weights, all of one shape.
+        base: the pretrained weight, for rules that need it.
+        shares: coefficients of the experts, equal by default; only their ratios count.
+        kind: what the weight does.
+        groups: groups of the convolution.
+        statistics: statistics of the experts' data, as the rule reads them.
+        seed: of everything random.
+
+    Returns:
+        The merged weight, in float32 or better.
+
+    Raises:
+        UserError: tensors or shares that cannot be merged.
+
+    Example::
+
+        >>> from fusion.merging.rules import Mean
+        >>> merge_tensor(Mean(), [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])])
+        tensor([2., 2.])
+    """
+    operands = working_operands([*experts, *([] if base is None else [base])])
+    if base is not None:
+        base = operands.pop().contiguous()
+    piece = Piece(
+        key="weight",
+        layer=Layer("", "weight", ("weight",), groups, kind, ()),
+        depth=1.0,
+        base=base,
+        experts=torch.stack(operands),
+        names=tuple(str(number) for number in range(len(operands))),
+        shares=tuple(normalised_weights(shares, len(operands))),
+        statistics=statistics or {},
+        seed=seed,
+    )
+    return rule.merge(replace(piece, plan=rule.prepare(lambda: iter([piece]))))
