@@ -6,23 +6,22 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.modelpool.member import (
     Architecture,
+    Entry,
     Member,
     WithoutRandomValues,
     build_architecture,
     on_meta,
 )
 from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, read_metadata
-
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _PIECE = 1 << 20  # elements read at a time
@@ -38,8 +37,8 @@ class Checkpoint(Member):
             that this package wrote knows its own architecture; then it may be left out.
         key: the entry of a pickled file that holds the state dict, as in
             ``{"epoch": 3, "state_dict": …}``; ``None`` when the file is the state dict.
-        classes: the original labels of the network's outputs, in their order. Left out, they are
-            read from the file where this package wrote them.
+        classes: names (or original labels) of the classes of the network's outputs, in their
+            order. Left out, they are read from the file where this package wrote them.
     """
 
     def __init__(
@@ -48,21 +47,21 @@ class Checkpoint(Member):
         architecture: Architecture | None = None,
         *,
         key: str | None = None,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
     ) -> None:
         if not path:
             raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
         self.path = Path(path).expanduser()
         self._architecture = architecture
         self._key = key
-        self._classes = None if classes is None else tuple(classes)
+        self._classes = None if classes is None else LabelSpace.of(classes)
 
-    @property
-    def classes(self) -> tuple[int, ...] | None:  # type: ignore[override]
-        """The original labels of the outputs, as given or as the file says."""
+    def labels(self, entry: Entry | None = None) -> LabelSpace | None:
+        """Return the classes of the outputs, as given or as the file says."""
+        del entry
         if self._classes is None and self._is_safetensors and self.path.is_file():
-            written = read_metadata(self.path).get("classes")
-            return None if written is None else tuple(json.loads(written))
+            written = read_metadata(self.path).get("labels")
+            return None if written is None else LabelSpace.from_json(written)
         return self._classes
 
     @property
@@ -75,12 +74,13 @@ class Checkpoint(Member):
     def _is_safetensors(self) -> bool:
         return self.path.suffix == ".safetensors"
 
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the architecture filled with the file's weights, strictly.
 
         Raises:
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
+        del entry
         with WithoutRandomValues():
             model = build_architecture(self._known_architecture())
         if _fill(model, self.stored()):
@@ -95,13 +95,14 @@ class Checkpoint(Member):
         """Return the architecture on the meta device."""
         return on_meta(self._known_architecture())
 
-    def stored(self) -> TensorSource | None:
+    def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the file's tensors, each read when asked for; None for a pickled file."""
+        del entry
         return SafetensorsSource(self.path) if self._is_safetensors else None
 
-    def check(self, name: str, pool: BaseModelPool) -> list[str]:
+    def check(self, entry: Entry) -> list[str]:
         """Return whether the file is there, readable, and fits the architecture."""
-        del pool
+        name = entry.name
         try:
             expected = {key: tuple(t.shape) for key, t in self.architecture().state_dict().items()}
             source = self.stored()

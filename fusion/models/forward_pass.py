@@ -69,6 +69,11 @@ def symbolic_graph(model: nn.Module) -> fx.Graph | str:
         return f"tracing stopped in {module}{_place(error)}: {reason}"
 
 
+def is_traceable(model: nn.Module) -> bool:
+    """Return whether the forward pass of ``model`` can be followed without an input."""
+    return isinstance(symbolic_graph(model), fx.Graph)
+
+
 def run(ledger: Ledger, example_input: Tensor | tuple[Tensor, ...]) -> None:
     """Follow the ledger's model while it runs on an input, through hooks that stay on it."""
     last: int | None = None

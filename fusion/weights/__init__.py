@@ -4,7 +4,8 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
-from fusion.weights.precision import exact_device, image_dtype, working_dtype
+from fusion.weights.operands import normalised_weights
+from fusion.weights.precision import exact_device, image_dtype, widened, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
@@ -36,6 +37,7 @@ __all__ = [
     "exact_device",
     "image_dtype",
     "lerp",
+    "normalised_weights",
     "load_safetensors",
     "read_metadata",
     "require_same_keys",
@@ -53,5 +55,6 @@ __all__ = [
     "trim",
     "vector_to_state_dict",
     "weighted_mean",
+    "widened",
     "working_dtype",
 ]
