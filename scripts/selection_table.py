@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fusion.method.layer_scores import RANKINGS
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fusion.cli.job import register_resolvers
 from fusion.cli.main import config_dir
 from fusion.method import SNRSelectiveMerge
-from fusion.method.layer_scores import RANKINGS
 from fusion.modelpool import BaseModelPool
 from fusion.target import build
 from fusion.training import recalibrate_batch_norm

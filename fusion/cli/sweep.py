@@ -17,7 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusion.errors import UserError
 from fusion.files import write_text
-from fusion.run_folder import COMMAND, CONFIG, ERROR, REPORT
+from fusion.run_folder import (
+    COMMAND,
+    CONFIG,
+    ERROR,
+    REPORT,
+    finished_report,
+    recover,
+    remove_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +35,21 @@ _MISTAKE = 2
 
 
 def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
-    """Return whether the job of this configuration (YAML) has left its report in ``folder``.
+    """Return whether the job of this configuration (YAML) has left a whole run in ``folder``.
+
+    A job whose files are damaged or missing has to run again: what is left of it is removed.
 
     Raises:
-        UserError: the report there is another job's, and must not be overwritten.
+        UserError: the run there is another job's, and must not be overwritten.
     """
-    if overwrite or not (folder / REPORT).is_file():
+    if overwrite:
+        return False
+    recover(folder)
+    if not (folder / REPORT).is_file():
+        return False
+    if finished_report(folder) is None:
+        log.warning("%s: files of its earlier run are damaged or missing; running again", folder)
+        remove_run(folder)
         return False
     if (folder / CONFIG).is_file():
         earlier = (folder / CONFIG).read_text(encoding="utf-8")

@@ -223,4 +223,3 @@ def repair_mean(
         device=fabric.device,
     )
     return model
-

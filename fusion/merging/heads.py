@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +14,6 @@ from fusion.labels import LabelSpace
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Head
 from fusion.weights import weighted_mean, working_dtype
-
-log = logging.getLogger(__name__)
 
 HEADS = ("auto", "pretrained", "union", "tasks")
 Kind = Literal["merged", "pretrained", "union", "tasks"]
@@ -34,12 +31,15 @@ class HeadPlan:
             there are several heads.
         groups: the experts by label space: those of one group share their head.
         base_shares: whether the base has the experts' label space, where there is only one.
+        assumed: members whose classes nobody knows: taken to be those of members whose heads have
+            the same shape.
     """
 
     kind: Kind
     labels: LabelSpace | None
     groups: tuple[tuple[str, ...], ...]
     base_shares: bool
+    assumed: tuple[str, ...] = ()
 
     def group_of(self, name: str) -> tuple[str, ...]:
         """Return the experts that share the head of the expert ``name``."""
@@ -50,8 +50,8 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
     """Decide by the members' classes what becomes of their heads.
 
     Two heads serve one label space where their classes are equal and stand in the same order.
-    Shapes decide only where nobody knows the classes of a member, and the log says so: such a
-    member is taken to share the classes of the members whose heads have the same shape.
+    Shapes decide only where nobody knows the classes of a member: such a member is taken to share
+    the classes of the members whose heads have the same shape.
 
     Args:
         modelpool: base and experts.
@@ -89,12 +89,6 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
             f"head=pretrained keeps the base's head, and the pool has no '{PRETRAINED}'; choose "
             f"head=auto, union or tasks"
         )
-    if assumed and head == "auto":
-        log.info(
-            "Nobody knows the classes of %s: taken to be those of members whose heads have the "
-            "same shape (the pool's option 'classes' says otherwise)",
-            ", ".join(assumed),
-        )
     labels: LabelSpace | None = None
     if kind == "merged":
         found = spaces[PRETRAINED if base_shares else experts[0]]
@@ -103,7 +97,7 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
         labels = base if isinstance(base, LabelSpace) else None
     elif kind == "union":
         labels = union_space(modelpool)
-    return HeadPlan(kind, labels, tuple(map(tuple, groups)), base_shares)
+    return HeadPlan(kind, labels, tuple(map(tuple, groups)), base_shares, tuple(assumed))
 
 
 def merged_heads(
@@ -135,9 +129,7 @@ def merged_heads(
         return {"": _mean_head(head, [experts[name] for name in plan.groups[0]])}
     if plan.kind != "tasks":
         return {}
-    shared = {
-        group: _mean_head(head, [experts[name] for name in group]) for group in plan.groups
-    }
+    shared = {group: _mean_head(head, [experts[name] for name in group]) for group in plan.groups}
     found: dict[str, dict[str, Tensor]] = {}
     for task, names in modelpool.tasks.items():
         group = plan.group_of(names[0])

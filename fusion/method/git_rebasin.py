@@ -43,6 +43,7 @@ class GitReBasin(Merge):
     """
 
     without_images: ClassVar[str] = "interpolate"
+    without_alignment: ClassVar[str] = ""
 
     def __init__(
         self,

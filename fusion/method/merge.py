@@ -79,6 +79,8 @@ class Merge(BaseAlgorithm):
 
     without_images: ClassVar[str] = "merge"
     """What ``batch_norm=auto`` stands for in a pool without training images."""
+    without_alignment: ClassVar[str] = "align=null"
+    """The option that switches alignment off; empty where alignment is the method."""
 
     def __init__(
         self,
@@ -109,9 +111,7 @@ class Merge(BaseAlgorithm):
         self.batch_norm = batch_norm
         self.calibration = bn.Calibration(calibration_images, batch_size, seed)
         self.alignment = (
-            None
-            if align is None
-            else AlignmentStage(align, example_input, seed, self.calibration)
+            None if align is None else AlignmentStage(align, example_input, seed, self.calibration)
         )
         self.plot = plot
         self.seed = seed
@@ -163,7 +163,11 @@ class Merge(BaseAlgorithm):
             try:
                 self.alignment.check(modelpool)
             except UserError as error:
-                raise UserError(f"{error}; or merge without alignment: align=null") from error
+                if not self.without_alignment:
+                    raise
+                raise UserError(
+                    f"{error}; or merge without alignment: {self.without_alignment}"
+                ) from error
         self._treatment(modelpool, model)
         if plan.kind == "tasks":
             task_labels(plan, modelpool)
@@ -173,12 +177,16 @@ class Merge(BaseAlgorithm):
         with self.profile("load members"):
             members = Members.read(modelpool)
         plan = plan_heads(modelpool, self.head)
+        if plan.assumed and self.head == "auto":
+            log.info(
+                "Nobody knows the classes of %s: taken to be those of members whose heads have "
+                "the same shape (the pool's option 'classes' says otherwise)",
+                ", ".join(plan.assumed),
+            )
         unaligned = members
         if self.alignment is not None:
             with self.profile("align experts"):
-                members, records = self.alignment.run(
-                    members, modelpool, device=self.fabric.device
-                )
+                members, records = self.alignment.run(members, modelpool, device=self.fabric.device)
             write_alignment(self, records, plot=self.plot)
         members = self.prepared(members)
         with self.profile("choose layers"):
@@ -211,7 +219,8 @@ class Merge(BaseAlgorithm):
             return
         heads = merged_heads(plan, members.head, members.base, members.experts, modelpool)
         own_heads = plan.kind in ("tasks", "merged") and bool(heads)
-        name = f"{PRETRAINED}{', experts' heads' if own_heads else ''}{_CONTROL[treatment]}"
+        heads_of = ", experts' heads" if own_heads else ""
+        name = f"{PRETRAINED}{heads_of}{_CONTROL[treatment]}"
         self.controls[name] = partial(
             self._finished,
             members,
@@ -366,9 +375,7 @@ class Merge(BaseAlgorithm):
                 recalibrate(network.for_task(task), names=names, norms=in_head)
         return network
 
-    def _report(
-        self, members: Members, plan: HeadPlan, treatment: str, result: nn.Module
-    ) -> None:
+    def _report(self, members: Members, plan: HeadPlan, treatment: str, result: nn.Module) -> None:
         log.info(
             "Merged %d experts in %d of %d layers by %s",
             len(members.names),
@@ -376,6 +383,7 @@ class Merge(BaseAlgorithm):
             len(members.layers),
             type(self.rule).__name__,
         )
+        ordinary = plan.kind == "merged" and (plan.base_shares or members.base is None)
         log.info("Head, %s: %s", _HEAD_WORDS[plan.kind], ", ".join(members.head.tensors))
         if isinstance(result, MultiTaskNetwork):
             log.info("Tasks: %s", ", ".join(result.tasks))
@@ -385,7 +393,7 @@ class Merge(BaseAlgorithm):
             selected_layers=self._selected,
             candidate_layers=len(members.layers),
             head=plan.kind,
-            head_tensors=list(members.head.tensors),
+            head_tensors=[] if ordinary else list(members.head.tensors),
             tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
             batch_norm=treatment,
         )

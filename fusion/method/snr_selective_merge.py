@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -82,6 +82,8 @@ class SNRSelectiveMerge(Merge):
         UserError: an option that has no meaning.
     """
 
+    without_alignment: ClassVar[str] = "align=false"
+
     def __init__(
         self,
         *,
@@ -117,7 +119,9 @@ class SNRSelectiveMerge(Merge):
             align="weights" if align else None,
             head=head,
             # The notebook left the base's buffers alone.
-            batch_norm="pretrained" if (batch_norm, scoring) == ("auto", "notebook") else batch_norm,
+            batch_norm="pretrained"
+            if (batch_norm, scoring) == ("auto", "notebook")
+            else batch_norm,
             calibration_images=calibration_images,
             batch_size=batch_size,
             example_input=example_input,

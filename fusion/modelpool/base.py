@@ -219,9 +219,7 @@ class BaseModelPool:
         if self:
             spec = self.entry(self.pretrained_or_first_name).member.architecture_spec
         head = self.head.tensors if spec is not None else ()
-        save_network(
-            path, model, architecture=spec, head=head, labels=labels, metadata=metadata
-        )
+        save_network(path, model, architecture=spec, head=head, labels=labels, metadata=metadata)
 
     def tensors(self, name: str) -> TensorSource:
         """Return a member's weights tensor by tensor, without building it where possible.

@@ -70,11 +70,8 @@ def listing(place: Path) -> str | None:
     if not place.exists():
         return None
     digest = hashlib.sha256()
-    if place.is_file():
-        folders = [(str(place.parent), [], [place.name])]
-    else:
-        folders = sorted(os.walk(place))
-    for folder, _, names in folders:
+    alone: list[tuple[str, list[str], list[str]]] = [(str(place.parent), [], [place.name])]
+    for folder, _, names in alone if place.is_file() else sorted(os.walk(place)):
         for name in sorted(names):
             file = os.path.join(folder, name)  # noqa: PTH118 - 50,000 files: Path costs a second
             state = os.stat(file)  # noqa: PTH116

@@ -61,7 +61,14 @@ def inherit(
         )
     # Of a head that the user named larger than the last layer, only the last layer has rows.
     last = Head(tuple(key for key in find_head(model).tensors if key in found))
-    return {**parent, **select_rows(parent, last, rows, classes=len(known))}
+    selected = select_rows(parent, last, rows, classes=len(known))
+    for key, tensor in selected.items():
+        if tensor.shape != fresh[key].shape:
+            raise UserError(
+                f"{key} has {len(fresh[key])} rows in the architecture, and there are "
+                f"{len(rows)} classes; give the architecture one output for each class"
+            )
+    return {**parent, **selected}
 
 
 def _check_body(

@@ -115,7 +115,9 @@ def read_tasks(path: str | Path) -> dict[str, LabelSpace | None] | None:
         raise UserError(f"'{path}': its list of tasks is not JSON; write the file again") from error
     if not isinstance(found, dict) or not found:
         raise UserError(f"'{path}': its list of tasks is no mapping; write the file again")
-    return {task: None if text is None else LabelSpace.from_json(text) for task, text in found.items()}
+    return {
+        task: None if text is None else LabelSpace.from_json(text) for task, text in found.items()
+    }
 
 
 def fill_network(path: str | Path, model: nn.Module) -> nn.Module:
@@ -151,7 +153,7 @@ def fill_network(path: str | Path, model: nn.Module) -> nn.Module:
 
 
 def portable(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with ``_target_`` that builds the bare architecture and downloads nothing."""
+    """Return a mapping with ``_target_`` that builds the architecture without a download."""
     spec: dict[str, Any] = canonical(architecture)
     return {
         key: _NO_DOWNLOAD.get(key, value) if key in _NO_DOWNLOAD else value

@@ -132,6 +132,8 @@ class TrainedModel(Member):
             target = str(self._dataset["_target_"])
             options = {k: v for k, v in self._dataset.items() if not k.startswith("_")}
             check_options(locate(target), target, (), options)
+            if self.path(entry).is_dir():
+                raise UserError(f"cache_dir: '{self.path(entry)}' is a folder; remove it")
             if self._kept(entry) is None:
                 require_writable_folder(self._cache_dir, "cache_dir")
                 if entry.parent is not None:

@@ -142,6 +142,6 @@ def _copy_apart_from_shared(network: nn.Module, own: Collection[str]) -> nn.Modu
             memo[id(module)] = module
             continue
         tensors = {**dict(module.named_parameters(recurse=False))}
-        tensors |= dict(module.named_buffers(recurse=False))  # type: ignore[arg-type]
+        tensors |= dict(module.named_buffers(recurse=False))
         memo.update({id(t): t for key, t in tensors.items() if f"{prefix}{key}" not in own})
     return copy.deepcopy(network, memo)

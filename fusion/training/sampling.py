@@ -76,7 +76,6 @@ def sample_images(
         for name, part in data.items()
     ]
     for drawn in itertools.zip_longest(*parts):
-        pictures = [batch for batch in drawn if batch is not None]
-        sizes = dict.fromkeys(batch.shape[1:] for batch in pictures)
-        for size in sizes:
-            yield torch.cat([batch for batch in pictures if batch.shape[1:] == size])
+        present = [batch for batch in drawn if batch is not None]
+        for size in dict.fromkeys(batch.shape[1:] for batch in present):
+            yield torch.cat([batch for batch in present if batch.shape[1:] == size])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fusion.errors import UserError
-from fusion.method.batch_norm import chosen_treatment, mixture_statistics, statistics_keys
+from fusion.merging.batch_norm import chosen_treatment, mixture_statistics, statistics_keys
 from fusion.modelpool import BaseModelPool
 
 
@@ -43,6 +43,9 @@ def test_only_norms_that_keep_statistics_are_treated() -> None:
 def test_a_network_without_statistics_has_nothing_to_treat(base) -> None:
     plain = nn.Conv2d(1, 1, 3)
     for treatment in ("auto", "merge", "recalibrate"):
-        assert chosen_treatment(treatment, BaseModelPool([plain]), plain) == "pretrained"
-    with pytest.raises(UserError, match="batch_norm=recalibrate needs images"):
-        chosen_treatment("recalibrate", BaseModelPool([base]), base)
+        assert (
+            chosen_treatment(treatment, BaseModelPool([plain]), plain, without_images="merge")
+            == "pretrained"
+        )
+    with pytest.raises(UserError, match="batch_norm=recalibrate needs training images"):
+        chosen_treatment("recalibrate", BaseModelPool([base]), base, without_images="merge")

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fusion.method.layer_scores import (
+from fusion.merging.layer_scores import (
     LayerRecord,
     change_statistics,
     select_top,
