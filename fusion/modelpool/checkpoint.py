@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
+from fusion.modelpool.bare import without_pretrained_weights
+from fusion.modelpool.bounded import bounded, bounds_of_file
 from fusion.modelpool.member import (
     Architecture,
     Member,
@@ -19,7 +20,9 @@ from fusion.modelpool.member import (
     build_architecture,
     on_meta,
 )
-from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, read_metadata
+from fusion.modelpool.trusted import require_registered
+from fusion.modelpool.written import written_architecture, written_classes
+from fusion.weights import SafetensorsSource, TensorSource, load_safetensors
 
 if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
@@ -35,11 +38,14 @@ class Checkpoint(Member):
         path: a ``.safetensors`` file, or a ``.pt``/``.pth`` file, which is read with
             ``weights_only=True``: no code in it is ever run.
         architecture: a mapping with ``_target_``, a zero-argument callable or a module. A file
-            that this package wrote knows its own architecture; then it may be left out.
+            that this package wrote names its architecture; left out, that is built if it is on
+            the list of :mod:`fusion.modelpool.trusted`.
         key: the entry of a pickled file that holds the state dict, as in
             ``{"epoch": 3, "state_dict": …}``; ``None`` when the file is the state dict.
         classes: the original labels of the network's outputs, in their order. Left out, they are
             read from the file where this package wrote them.
+        trusted: import paths of further constructors, such as ``"mine.Net"``, that the file may
+            name as its architecture. Nothing else that a file says is ever imported or called.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Checkpoint(Member):
         *,
         key: str | None = None,
         classes: Sequence[int] | None = None,
+        trusted: Sequence[str] = (),
     ) -> None:
         if not path:
             raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
@@ -56,13 +63,15 @@ class Checkpoint(Member):
         self._architecture = architecture
         self._key = key
         self._classes = None if classes is None else tuple(classes)
+        if isinstance(trusted, str) or not all(isinstance(target, str) for target in trusted):
+            raise UserError(f"trusted is {trusted!r}; give a list of import paths, [mine.Net]")
+        self._trusted = tuple(trusted)
 
     @property
     def classes(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """The original labels of the outputs, as given or as the file says."""
         if self._classes is None and self._is_safetensors and self.path.is_file():
-            written = read_metadata(self.path).get("classes")
-            return None if written is None else tuple(json.loads(written))
+            return written_classes(self.path)
         return self._classes
 
     @property
@@ -81,8 +90,10 @@ class Checkpoint(Member):
         Raises:
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
+        if self._architecture is None and (wrong := self._misfit()):
+            raise UserError(wrong[0])  # nothing is allocated for what a file says and does not hold
         with WithoutRandomValues():
-            model = build_architecture(self._known_architecture())
+            model = self._made(build_architecture)
         if _fill(model, self.stored()):
             return model
         try:
@@ -93,7 +104,7 @@ class Checkpoint(Member):
 
     def architecture(self) -> nn.Module:
         """Return the architecture on the meta device."""
-        return on_meta(self._known_architecture())
+        return self._made(on_meta)
 
     def stored(self) -> TensorSource | None:
         """Return the file's tensors, each read when asked for; None for a pickled file."""
@@ -103,14 +114,17 @@ class Checkpoint(Member):
         """Return whether the file is there, readable, and fits the architecture."""
         del pool
         try:
-            expected = {key: tuple(t.shape) for key, t in self.architecture().state_dict().items()}
-            source = self.stored()
-            if source is None:
-                found = {key: tuple(t.shape) for key, t in self._read().items()}
-            else:
-                found = {key: source.info(key).shape for key in source}
+            return [f"model '{name}': {what}" for what in self._misfit()]
         except UserError as error:
             return [f"model '{name}': {error}"]
+
+    def _misfit(self) -> list[str]:
+        expected = {key: tuple(t.shape) for key, t in self.architecture().state_dict().items()}
+        source = self.stored()
+        if source is None:
+            found = {key: tuple(t.shape) for key, t in self._read().items()}
+        else:
+            found = {key: source.info(key).shape for key in source}
         # A file from before torch 0.4.1 has no counters of batch norm; loading starts them at 0.
         counters = {key for key in expected if key.endswith(".num_batches_tracked")}
         wrong = [f"lacks {key}" for key in expected if key not in found and key not in counters]
@@ -120,12 +134,24 @@ class Checkpoint(Member):
             for key, shape in expected.items()
             if key in found and found[key] != shape
         ]
-        return [f"model '{name}': checkpoint '{self.path}' {what}" for what in wrong]
+        return [f"checkpoint '{self.path}' {what}" for what in wrong]
+
+    def _made(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
+        """Make the architecture; one that the file names only within bounds."""
+        architecture = self._known_architecture()
+        if self._architecture is None:
+            assert isinstance(architecture, Mapping)
+            require_registered(architecture, path=self.path, trusted=self._trusted)
+            bounds = bounds_of_file(len(SafetensorsSource(self.path)), self.path.stat().st_size)
+            with bounded(bounds, path=self.path):
+                return maker(without_pretrained_weights(architecture))
+        if isinstance(architecture, Mapping):
+            architecture = without_pretrained_weights(architecture)
+        return maker(architecture)
 
     def _given_architecture(self) -> Architecture | None:
         if self._architecture is None and self._is_safetensors and self.path.is_file():
-            written = read_metadata(self.path).get("architecture")
-            return None if written is None else json.loads(written)
+            return written_architecture(self.path, trusted=self._trusted)
         return self._architecture
 
     def _known_architecture(self) -> Architecture:
