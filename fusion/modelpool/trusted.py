@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError
+from fusion.errors import UserError, shown
 from fusion.modelpool.bare import TIMM, in_torchvision
 from fusion.target import locate
 
@@ -156,5 +156,4 @@ def _short(value: object) -> str:
         return "a mapping" if isinstance(value, Mapping) else f"a list of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         return "a number of many digits"  # Python refuses to print more than 4300 of them
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return shown(repr(value), _SHOWN)
