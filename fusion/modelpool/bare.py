@@ -46,35 +46,30 @@ def without_pretrained_weights(spec: Mapping[str, Any]) -> dict[str, Any]:
     if in_torchvision(target):
         return _torchvision(dict(spec), target)
     if target == TIMM:
-        bare = {key: value for key, value in spec.items() if key != "checkpoint_path"}
-        args = list(bare.pop("_args_", ()))
-        if len(args) > 1:
-            args[1] = False
-        else:
-            bare["pretrained"] = False
-        return {**bare, "_args_": args}
+        return _timm(dict(spec))
     return dict(spec)
 
 
+def _timm(spec: dict[str, Any]) -> dict[str, Any]:
+    named = zip(inspect.signature(locate(TIMM)).parameters, spec.pop("_args_", ()), strict=False)
+    spec = {**spec, **dict(named), "pretrained": False}
+    spec.pop("checkpoint_path", None)
+    return spec
+
+
 def _torchvision(spec: dict[str, Any], target: str) -> dict[str, Any]:
-    parameters = inspect.signature(locate(target)).parameters
-    args = list(spec.pop("_args_", ()))
-    given = [spec.pop(name, None) for name in ("weights", "pretrained")]
-    if args and next(iter(parameters), None) == "weights":
-        given.append(args[0])
-        args[0] = None
+    given = next(filter(None, [spec.pop(name, None) for name in ("weights", "pretrained")]), None)
     spec.pop("pretrained_backbone", None)
-    if "weights_backbone" in parameters:
+    if "weights_backbone" in inspect.signature(locate(target)).parameters:
         spec["weights_backbone"] = None  # unlike weights, it has a default that is fetched
-    packages, _, name = target.rpartition(".")
+    if given is None:
+        return spec
+    if target.startswith(_CHANGED_BY_WEIGHTS):
+        raise UserError(
+            f"{target}: weights = {given!r} would change the structure of the network that a "
+            f"checkpoint fills; leave weights out"
+        )
+    name = target.rpartition(".")[2]
     if name == "get_model":
-        name = str(spec.get("name", next(iter(args), "")))
-    if any(given):
-        if packages.startswith(_CHANGED_BY_WEIGHTS):
-            weights = next(filter(None, given))
-            raise UserError(
-                f"{target}: weights = {weights!r} would change the structure of the network that "
-                f"a checkpoint fills; leave weights out"
-            )
-        spec = {**_IMPLIED.get(name, {}), **spec}
-    return {**spec, "_args_": args}
+        name = str(spec.get("name", next(iter(spec.get("_args_", ())), "")))
+    return {**_IMPLIED.get(name, {}), **spec}

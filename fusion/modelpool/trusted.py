@@ -31,7 +31,7 @@ _SHOWN = 60  # characters of a name or value from a file that a message shows
 
 
 def require_trusted(
-    spec: object, *, path: Path, size: int, trusted: Sequence[str] = ()
+    spec: object, *, path: Path | str, size: int, trusted: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Check the architecture that a file asks for; nothing is imported for that.
 
@@ -44,7 +44,7 @@ def require_trusted(
 
     Args:
         spec: what stands in the file, as JSON says it.
-        path: the file, for messages.
+        path: the file, as messages name it.
         size: its size in bytes.
         trusted: further targets, by their exact import path, that the user allows.
 
@@ -80,7 +80,9 @@ def require_trusted(
     return dict(spec)
 
 
-def require_registered(spec: Mapping[str, Any], *, path: Path, trusted: Sequence[str] = ()) -> None:
+def require_registered(
+    spec: Mapping[str, Any], *, path: Path | str, trusted: Sequence[str] = ()
+) -> None:
     """Check that a network of torchvision or timm is one that their registries can build.
 
     Below ``torchvision.models`` there are other functions too, which read files or weights.
@@ -143,7 +145,7 @@ def _reads_timm(args: list[Any], options: Mapping[str, Any]) -> str:
     return ""
 
 
-def _refusal(path: Path, asked: object, why: str) -> UserError:
+def _refusal(path: Path | str, asked: object, why: str) -> UserError:
     return UserError(
         f"'{path}' asks for the architecture {_short(asked)}, {why}; "
         f"give `architecture` yourself if you trust it"

@@ -4,6 +4,7 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
+from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
 from fusion.weights.precision import exact_device, image_dtype, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
@@ -11,7 +12,13 @@ from fusion.weights.safetensors_file import (
     read_metadata,
     save_safetensors,
 )
-from fusion.weights.source import ModuleSource, TensorInfo, TensorSource
+from fusion.weights.source import (
+    ModuleSource,
+    RenamedSource,
+    StateDictSource,
+    TensorInfo,
+    TensorSource,
+)
 from fusion.weights.spherical import slerp, spherical_mean
 from fusion.weights.state_dict import (
     StateDict,
@@ -29,15 +36,19 @@ from fusion.weights.ties_merging import ties, trim
 
 __all__ = [
     "ModuleSource",
+    "RenamedSource",
     "SafetensorsSource",
     "StateDict",
+    "StateDictSource",
     "TensorInfo",
     "TensorSource",
     "exact_device",
     "image_dtype",
     "lerp",
+    "load_pickled",
     "load_safetensors",
     "read_metadata",
+    "require_dense",
     "require_same_keys",
     "save_safetensors",
     "slerp",
@@ -48,6 +59,7 @@ __all__ = [
     "state_dict_sub",
     "state_dict_to_vector",
     "state_dict_weighted_sum",
+    "state_dicts",
     "ties",
     "trainable_state_dict",
     "trim",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from fusion.errors import shown
 
 _HEAD = 512  # bytes that are looked at; a tar archive says so at byte 257
 _PICKLE_PROTOCOLS = b"\x02\x03\x04\x05"
@@ -40,12 +43,13 @@ class FileKind:
 
     Attributes:
         name: ``"safetensors"``, ``"torch"`` for what ``torch.save`` writes, or ``"other"``.
-        zipped: whether it is a zip archive, as ``torch.save`` writes since torch 1.6.
+        mappable: whether its tensors lie in the file as they are in memory: in a zip archive
+            without compression, as ``torch.save`` writes since torch 1.6.
         what: for anything else a clause that says what it is and, where there is one, the cure.
     """
 
     name: Literal["safetensors", "torch", "other"]
-    zipped: bool = False
+    mappable: bool = False
     what: str = ""
 
 
@@ -70,7 +74,8 @@ def _zip(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, EOFError):
+            stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
         return FileKind("other", what="it is cut short; write or download it again")
     if any(name.endswith("constants.pkl") or "/code/" in name for name in names):
         what = (
@@ -79,11 +84,11 @@ def _zip(path: Path) -> FileKind:
         )
         return FileKind("other", what=what)
     if any(name.endswith("data.pkl") for name in names):
-        return FileKind("torch", zipped=True)
+        return FileKind("torch", mappable=stored)
     if names and all(name.endswith(".npy") for name in names):
         return FileKind("other", what="it is a NumPy archive (.npz); give a state dict")
-    shown = ", ".join(sorted(names)[:3])[:80]
-    return FileKind("other", what=f"it is a zip archive of {shown or 'nothing'}; unpack it first")
+    listed = shown(", ".join(sorted(names)[:3]))
+    return FileKind("other", what=f"it is a zip archive of {listed or 'nothing'}; unpack it first")
 
 
 def _unlike_weights(head: bytes) -> str:
