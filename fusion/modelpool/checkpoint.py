@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusion.errors import UserError
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.bounded import bounded, bounds_of_file
-from fusion.modelpool.fitting import Shapes, find_fit, is_counter
 from fusion.modelpool.hub import hub_file
 from fusion.modelpool.member import (
     Architecture,
@@ -22,25 +21,22 @@ from fusion.modelpool.member import (
     build_architecture,
     on_meta,
 )
+from fusion.modelpool.opening import (
+    fill,
+    infos,
+    is_safetensors,
+    open_fitting,
+    open_sources,
+    require_file,
+)
 from fusion.modelpool.trusted import require_registered
 from fusion.modelpool.written import written_architecture, written_classes
-from fusion.weights import (
-    RenamedSource,
-    SafetensorsSource,
-    TensorSource,
-    load_pickled,
-    require_dense,
-    state_dicts,
-)
+from fusion.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     from fusion.modelpool.base import BaseModelPool
 
 log = logging.getLogger(__name__)
-
-_SAFETENSORS = ".safetensors"
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # .tar as in model.pth.tar: torch.save's too
-_PIECE = 1 << 20  # elements read at a time
 
 
 class Checkpoint(Member):
@@ -60,7 +56,8 @@ class Checkpoint(Member):
             names its architecture, and so does a repository of timm on the hub; left out, that is
             built if it is on the list of :mod:`fusion.modelpool.trusted`.
         key: where a file holds several state dicts that fit, the one to take: the dotted path of
-            an entry, of the beginning of names in it, or of both (``"state_dict.ema_model"``).
+            an entry, of the beginning of names in it, or of both (``"state_dict.ema_model"``); an
+            empty string for the file itself.
         classes: the original labels of the network's outputs, in their order. Left out, they are
             read from the file where this package wrote them.
         trusted: import paths of further constructors, such as ``"mine.Net"``, that the file may
@@ -101,7 +98,7 @@ class Checkpoint(Member):
     @property
     def classes(self) -> tuple[int, ...] | None:  # type: ignore[override]
         """The original labels of the outputs, as given or as the file says."""
-        if self._classes is None and self._is_safetensors and self.path.is_file():
+        if self._classes is None and is_safetensors(self.path) and self.path.is_file():
             return written_classes(self.path)
         return self._classes
 
@@ -111,10 +108,6 @@ class Checkpoint(Member):
         given = self._given_architecture()
         return without_pretrained_weights(given) if isinstance(given, Mapping) else None
 
-    @property
-    def _is_safetensors(self) -> bool:
-        return self.path.suffix == _SAFETENSORS
-
     def build(self) -> nn.Module:
         """Return the architecture filled with the file's weights, strictly.
 
@@ -122,10 +115,10 @@ class Checkpoint(Member):
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
         if self._architecture is None:
-            self._opened(self._expected)  # nothing is allocated for what the file cannot fill
+            self.stored()  # nothing is allocated for what the file cannot fill
         with WithoutRandomValues():
             model = self._made(build_architecture)
-        _fill(model, self._opened(_shapes(model)))
+        fill(model, self._opened(infos(model)))
         return model
 
     def architecture(self) -> nn.Module:
@@ -140,40 +133,21 @@ class Checkpoint(Member):
         """Return whether the file is there, readable, and fits the architecture."""
         del pool
         try:
-            self._opened(self._expected)
+            self.stored()
         except UserError as error:
             return [f"model '{name}': {error}"]
         return []
 
     @cached_property
-    def _expected(self) -> Shapes:
-        return _shapes(self.architecture())
+    def _expected(self) -> Mapping[str, TensorInfo]:
+        return infos(self.architecture())
 
-    def _opened(self, expected: Shapes) -> TensorSource:
-        """Return the tensors of the file that fill an architecture, under its own keys."""
-        sources = self._sources()
-        shapes = {
-            entry: {name: source.info(name).shape for name in source}
-            for entry, source in sources.items()
-        }
-        try:
-            fit = find_fit(shapes, expected, key=self._key)
-        except UserError as error:
-            raise UserError(f"checkpoint '{self._given_path}' {error}") from error
-        source = sources[fit.entry]
-        if not self._is_safetensors:
-            require_dense(source, fit.names.values(), path=self.path)
-        if not self._told and (told := fit.told()):
+    def _opened(self, expected: Mapping[str, TensorInfo]) -> TensorSource:
+        opened = open_fitting(self.path, expected, key=self._key)
+        if not self._told and (told := opened.fit.told()):
             log.info("%s: %s", self._given_path, told)
         self._told = True
-        return RenamedSource(source, fit.names)
-
-    def _sources(self) -> Mapping[str, TensorSource]:
-        """Return every state dict in the file under the path of its entry."""
-        self._require_file()
-        if self._is_safetensors:
-            return {"": SafetensorsSource(self.path)}
-        return state_dicts(load_pickled(self.path))
+        return opened.source
 
     def _made(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
         """Make the architecture; one that the file names only within bounds."""
@@ -181,7 +155,7 @@ class Checkpoint(Member):
         if self._architecture is None:
             assert isinstance(architecture, Mapping)
             require_registered(architecture, path=self.path, trusted=self._trusted)
-            tensors = sum(map(len, self._sources().values()))
+            tensors = sum(map(len, open_sources(self.path).values()))
             bounds = bounds_of_file(tensors, self.path.stat().st_size)
             with bounded(bounds, path=self.path):
                 return maker(without_pretrained_weights(architecture))
@@ -193,7 +167,7 @@ class Checkpoint(Member):
         if self._architecture is not None or not self.path.is_file():
             return self._architecture
         written = None
-        if self._is_safetensors:
+        if is_safetensors(self.path):
             written = written_architecture(self.path, trusted=self._trusted)
         if written is None and self._hub is not None:
             size = self.path.stat().st_size
@@ -201,7 +175,7 @@ class Checkpoint(Member):
         return written
 
     def _known_architecture(self) -> Architecture:
-        self._require_file()
+        require_file(self.path)
         architecture = self._given_architecture()
         if architecture is None:
             raise UserError(
@@ -209,17 +183,6 @@ class Checkpoint(Member):
                 f"give 'architecture' as a mapping with _target_"
             )
         return architecture
-
-    def _require_file(self) -> None:
-        if self.path.is_dir():
-            raise UserError(f"checkpoint '{self._given_path}' is a folder; give the file in it")
-        if not self.path.is_file():
-            raise UserError(f"checkpoint '{self._given_path}': there is no such file")
-        if not self._is_safetensors and self.path.suffix not in _PICKLED:
-            raise UserError(
-                f"checkpoint '{self._given_path}': expected a .safetensors file or one of "
-                f"{', '.join(_PICKLED)}"
-            )
 
 
 def load(path: str | Path, architecture: Architecture | None = None) -> nn.Module:
@@ -238,21 +201,3 @@ def load(path: str | Path, architecture: Architecture | None = None) -> nn.Modul
         network = fusion.load("outputs/run/merged.safetensors")
     """
     return Checkpoint(path, architecture).build()
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    state = model.state_dict()
-    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _fill(model: nn.Module, source: TensorSource) -> None:
-    """Fill ``model`` piece by piece, so that the weights lie in memory once."""
-    for key, tensor in model.state_dict().items():
-        if key not in source and is_counter(key):
-            continue
-        if tensor.is_contiguous():
-            flat = tensor.view(-1)
-            for start in range(0, len(flat), _PIECE):
-                flat[start : start + _PIECE].copy_(source.read(key, start, start + _PIECE))
-        else:
-            tensor.copy_(source[key])

@@ -60,7 +60,8 @@ def find_fit(entries: Mapping[str, Shapes], expected: Shapes, *, key: str | None
     Args:
         entries: dotted path → name → shape, for every mapping of tensors in the file.
         expected: key → shape of the architecture.
-        key: dotted path of the entry to take, or the beginning of names in it, or both.
+        key: dotted path of the entry to take, or the beginning of names in it, or both; an empty
+            string for the file itself.
 
     Raises:
         UserError: none fits, with the way in which the nearest one does not, or several do, with
@@ -73,7 +74,8 @@ def find_fit(entries: Mapping[str, Shapes], expected: Shapes, *, key: str | None
     if not found:
         raise UserError(_misfit(entries if key is None else _chosen(entries, key), expected))
     if len(found) > 1:
-        choices = ", ".join(f"key={shown(fit.key) or 'null'}" for fit in found[:_LISTED])
+        keys = [shown(fit.key) or "''" for fit in found[:_LISTED]]
+        choices = ", ".join(f"key={key}" for key in keys)
         raise UserError(f"holds {len(found)} state dicts that fit; choose one with {choices}")
     return found[0]
 

@@ -110,14 +110,14 @@ def test_weights_are_found_wherever_they_fit(make, resnet, state, tmp_path, equa
 
 @pytest.mark.parametrize("name", ["data parallel", "all at once", "plain", "a part compiled"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin", ".ckpt"])
-def test_every_kind_of_file_is_unwrapped(name, suffix, resnet, state, tmp_path, equal) -> None:
+def test_every_kind_of_file_is_unwrapped(name, suffix, base, tmp_path, equal) -> None:
     path = tmp_path / f"m{suffix}"
-    made = WRAPPED[name](state)
+    made = WRAPPED[name](dict(base.state_dict()))
     if suffix == ".safetensors":
         save_safetensors(path, made.get("state_dict", made))
     else:  # the format before torch 1.6 and the one since then
         torch.save(made, path, _use_new_zipfile_serialization=suffix in (".pt", ".ckpt"))
-    assert equal(Checkpoint(path, RESNET).build(), resnet)
+    assert equal(Checkpoint(path, CIFAR).build(), base)
 
 
 def test_what_was_taken_off_is_logged_once(state, tmp_path, caplog) -> None:
@@ -157,6 +157,7 @@ AMBIGUOUS = {
         },
         {"model": 0, "model_ema": 1, "model_ema.module": 1},
     ),
+    "the file itself": (lambda s: {**s, "ema": other(s)}, {"": 0, "ema": 1}),
     "a part of the other": (
         lambda s: {"a": {**s}, "a.b": other(s)},
         {"a": 0, "a.b": 1},
@@ -178,7 +179,7 @@ def test_what_fits_twice_is_chosen_by_key(make, keys, state, tmp_path) -> None:
         weight = Checkpoint(path, RESNET, key=key).build().fc.weight
         assert torch.equal(weight, state["fc.weight"] + shift), key
     for choice in message.partition("choose one with ")[2].split(", "):
-        Checkpoint(path, RESNET, key=choice.removeprefix("key=")).build()
+        Checkpoint(path, RESNET, key=choice.removeprefix("key=").strip("'")).build()
     with pytest.raises(UserError, match="has no entry with tensors named 'nothing'"):
         Checkpoint(path, RESNET, key="nothing").build()
 
@@ -379,6 +380,20 @@ def test_half_precision_fills_single(state, tmp_path) -> None:
     network = Checkpoint(tmp_path / "m.pt", RESNET).build()
     assert network.fc.weight.dtype == torch.float32
     assert torch.equal(network.fc.weight, half["fc.weight"].float())
+
+
+def test_quantized_numbers_do_not_pass_for_weights(base, tmp_path, equal) -> None:
+    state = dict(base.state_dict())
+    bytes_of = {**state, "linear.weight": (state["linear.weight"] * 100).to(torch.int8)}
+    torch.save(bytes_of, tmp_path / "m.pt")
+    save_safetensors(tmp_path / "m.safetensors", bytes_of)
+    for name in ("m.pt", "m.safetensors"):
+        with pytest.raises(UserError, match=r"linear.weight is torch.int8, the architecture has"):
+            BaseModelPool({"_pretrained_": Checkpoint(tmp_path / name, CIFAR)}).preflight()
+    # Averages of several networks have counters that are floating-point numbers.
+    averaged = {key: value.float() for key, value in state.items()}
+    torch.save(averaged, tmp_path / "m.pt")
+    assert equal(Checkpoint(tmp_path / "m.pt", CIFAR).build(), base)
 
 
 def test_the_state_of_the_file_is_plain(state, tmp_path) -> None:
