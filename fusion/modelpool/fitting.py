@@ -136,7 +136,7 @@ def _chosen(entries: Mapping[str, Shapes], key: str) -> dict[str, Shapes]:
             return {key: {n[len(prefix) :]: s for n, s in shapes.items() if n.startswith(prefix)}}
     known = [shown(entry) for entry in entries if entry][:_LISTED]
     raise UserError(
-        f"has no entry with tensors named '{shown(key)}' (it has {', '.join(known) or 'none'})"
+        f"has no entry with tensors named '{shown(key)}' (entries: {', '.join(known) or 'none'})"
     )
 
 

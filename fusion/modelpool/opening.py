@@ -68,7 +68,17 @@ def open_sources(path: Path) -> Mapping[str, TensorSource]:
     require_file(path)
     if is_safetensors(path):
         return {"": SafetensorsSource(path)}
-    return state_dicts(load_pickled(path))
+    content = load_pickled(path)
+    found = state_dicts(content)
+    if not found:
+        kind = type(content).__name__
+        entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else f"a {kind}"
+        held = shown(entries) or "nothing"
+        raise UserError(
+            f"checkpoint '{path}' has no state dict in it (it holds {held}); "
+            f"save one with torch.save(model.state_dict(), FILE)"
+        )
+    return found
 
 
 def open_fitting(path: Path, expected: Mapping[str, TensorInfo], *, key: str | None) -> Opened:

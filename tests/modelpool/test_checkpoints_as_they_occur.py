@@ -213,8 +213,9 @@ def test_a_prefix_is_taken_off_only_where_all_fits(state, tmp_path) -> None:
         renamed
     )
     assert "122 of 122 keys differ; the first: the file has 'x0" in said(under("net.", renamed))
-    assert "holds no tensors" in said({"epoch": 3, "args": {}})
-    assert "holds no tensors" in said([state])
+    assert "has no state dict in it (it holds epoch, args)" in said({"epoch": 3, "args": {}})
+    assert "has no state dict in it (it holds a list)" in said([state])
+    assert "has no state dict in it (it holds nothing)" in said({})
     long = {"very_" * 1000 + key: value for key, value in state.items()}
     said({f"{'ü' * 500}\n{number}": v for number, v in enumerate(state.values())})
     said({**long, "z": torch.ones([1] * 60)})
