@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -29,3 +29,16 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def check_choice(option: str, value: object, known: Sequence[str]) -> None:
+    """Check that ``value`` is one of the words that ``option`` knows.
+
+    Raises:
+        UserError: it is not; names the nearest.
+    """
+    if value not in known:
+        raise UserError(
+            f"{option}={value}: there is no such choice{suggestion(str(value), known)} "
+            f"(there are {', '.join(known)})"
+        )

@@ -130,7 +130,7 @@ class TaskVectorAnalysis(BaseAlgorithm):
         if not len(modelpool):
             raise UserError("the pool has no experts, so there are no task vectors; add a model")
         names = [PRETRAINED, *modelpool.model_names]
-        faults = [line for name in names for line in modelpool.member(name).check(name, modelpool)]
+        faults = [line for name in names for line in modelpool.entry(name).check()]
         if faults:
             raise UserError("; ".join(faults))
         compared_tensors(modelpool, trainable_only=self.trainable_only)
@@ -313,7 +313,7 @@ def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 def _stored(modelpool: BaseModelPool, name: str) -> TensorSource:
     """Return something that knows a member's shapes, without its weights where possible."""
-    return modelpool.member(name).stored() or ModuleSource(modelpool.architecture(name))
+    return modelpool.entry(name).stored() or ModuleSource(modelpool.architecture(name))
 
 
 def _misfit(name: str, info: TensorInfo, members: Mapping[str, TensorSource]) -> str | None:

@@ -6,16 +6,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.bounded import bounded, bounds_of_file
 from fusion.modelpool.hub import hub_file
 from fusion.modelpool.member import (
     Architecture,
+    Entry,
     Member,
     WithoutRandomValues,
     build_architecture,
@@ -30,11 +32,8 @@ from fusion.modelpool.opening import (
     require_file,
 )
 from fusion.modelpool.trusted import require_registered
-from fusion.modelpool.written import written_architecture, written_classes
+from fusion.modelpool.written import written_architecture, written_labels
 from fusion.weights import TensorInfo, TensorSource
-
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +57,8 @@ class Checkpoint(Member):
         key: where a file holds several state dicts that fit, the one to take: the dotted path of
             an entry, of the beginning of names in it, or of both (``"state_dict.ema_model"``); an
             empty string for the file itself.
-        classes: the original labels of the network's outputs, in their order. Left out, they are
-            read from the file where this package wrote them.
+        classes: names (or original labels) of the classes of the network's outputs, in their
+            order. Left out, they are read from the file where this package wrote them.
         trusted: import paths of further constructors, such as ``"mine.Net"``, that the file may
             name as its architecture. Nothing else that a file says is ever imported or called.
         revision: on the hub, the branch, tag or commit; None is the main branch.
@@ -73,7 +72,7 @@ class Checkpoint(Member):
         architecture: Architecture | None = None,
         *,
         key: str | None = None,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         trusted: Sequence[str] = (),
         revision: str | None = None,
         offline: bool | None = None,
@@ -84,7 +83,7 @@ class Checkpoint(Member):
         self._hub = hub_file(path, revision=revision, offline=offline)
         self._architecture = architecture
         self._key = key
-        self._classes = None if classes is None else tuple(classes)
+        self._classes = None if classes is None else LabelSpace.of(classes)
         if isinstance(trusted, str) or not all(isinstance(target, str) for target in trusted):
             raise UserError(f"trusted is {trusted!r}; give a list of import paths, [mine.Net]")
         self._trusted = tuple(trusted)
@@ -95,11 +94,11 @@ class Checkpoint(Member):
         """The file; one on the hub is fetched into its cache when it is first asked for."""
         return self._hub.fetch() if self._hub else Path(self._given_path).expanduser()
 
-    @property
-    def classes(self) -> tuple[int, ...] | None:  # type: ignore[override]
-        """The original labels of the outputs, as given or as the file says."""
+    def labels(self, entry: Entry | None = None) -> LabelSpace | None:
+        """Return the classes of the outputs, as given or as the file says."""
+        del entry
         if self._classes is None and is_safetensors(self.path) and self.path.is_file():
-            return written_classes(self.path)
+            return written_labels(self.path)
         return self._classes
 
     @property
@@ -108,12 +107,13 @@ class Checkpoint(Member):
         given = self._given_architecture()
         return without_pretrained_weights(given) if isinstance(given, Mapping) else None
 
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the architecture filled with the file's weights, strictly.
 
         Raises:
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
+        del entry
         if self._architecture is None:
             self.stored()  # nothing is allocated for what the file cannot fill
         with WithoutRandomValues():
@@ -125,17 +125,17 @@ class Checkpoint(Member):
         """Return the architecture on the meta device."""
         return self._made(on_meta)
 
-    def stored(self) -> TensorSource:
+    def stored(self, entry: Entry | None = None) -> TensorSource:
         """Return the architecture's tensors in the file, each read when asked for."""
+        del entry
         return self._opened(self._expected)
 
-    def check(self, name: str, pool: BaseModelPool) -> list[str]:
+    def check(self, entry: Entry) -> list[str]:
         """Return whether the file is there, readable, and fits the architecture."""
-        del pool
         try:
             self.stored()
         except UserError as error:
-            return [f"model '{name}': {error}"]
+            return [f"model '{entry.name}': {error}"]
         return []
 
     @cached_property

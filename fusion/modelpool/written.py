@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
+from fusion.modelpool.network_file import ARCHITECTURE, LABELS
 from fusion.modelpool.trusted import require_trusted
 from fusion.weights import read_metadata
 
@@ -18,26 +20,27 @@ def written_architecture(path: Path, *, trusted: Sequence[str] = ()) -> dict[str
     Raises:
         UserError: it is not on the list of :func:`fusion.modelpool.trusted.require_trusted`.
     """
-    text = read_metadata(path).get("architecture")
+    text = read_metadata(path).get(ARCHITECTURE)
     if text is None:
         return None
-    spec = _parsed(text, path=path, what="architecture")
+    spec = _parsed(text, path=path, what=ARCHITECTURE)
     return require_trusted(spec, path=path, size=path.stat().st_size, trusted=trusted)
 
 
-def written_classes(path: Path) -> tuple[int, ...] | None:
-    """Return the original labels of the outputs in a file's metadata, or None.
+def written_labels(path: Path) -> LabelSpace | None:
+    """Return the classes of the outputs in a file's metadata, or None.
 
     Raises:
-        UserError: they are no list of integers.
+        UserError: they are written in another way than this package's.
     """
-    text = read_metadata(path).get("classes")
+    text = read_metadata(path).get(LABELS)
     if text is None:
         return None
-    labels = _parsed(text, path=path, what="classes")
-    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise UserError(f"'{path}' is damaged: its classes are no list of integers; write it again")
-    return tuple(labels)
+    _parsed(text, path=path, what=LABELS)
+    try:
+        return LabelSpace.from_json(text)
+    except UserError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
 
 
 def _parsed(text: str, *, path: Path, what: str) -> Any:

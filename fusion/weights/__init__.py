@@ -4,8 +4,9 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
+from fusion.weights.operands import normalised_weights
 from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
-from fusion.weights.precision import exact_device, image_dtype, working_dtype
+from fusion.weights.precision import exact_device, image_dtype, widened, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
@@ -47,6 +48,7 @@ __all__ = [
     "lerp",
     "load_pickled",
     "load_safetensors",
+    "normalised_weights",
     "read_metadata",
     "require_dense",
     "require_same_keys",
@@ -65,5 +67,6 @@ __all__ = [
     "trim",
     "vector_to_state_dict",
     "weighted_mean",
+    "widened",
     "working_dtype",
 ]

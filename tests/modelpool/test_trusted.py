@@ -170,10 +170,10 @@ def test_metadata_that_is_no_json_is_told(file, text, base, tmp_path) -> None:
     with pytest.raises(UserError, match="its architecture is not JSON"):
         Checkpoint(file(text)).build()
     path = tmp_path / "c.safetensors"
-    for classes in (text, '{"a": 1}', "[1.5]", '["0"]', "[true]", "7"):
-        save_safetensors(path, base.state_dict(), {"classes": classes})
-        with pytest.raises(UserError, match="its classes"):
-            assert Checkpoint(path, OURS).classes
+    for labels in (text, '{"a": 1}', "[1.5]", '["0"]', "[true]", "7"):
+        save_safetensors(path, base.state_dict(), {"labels": labels})
+        with pytest.raises(UserError, match="is damaged: (its labels|the classes)"):
+            Checkpoint(path, OURS).labels()
 
 
 def test_what_this_package_and_torchvision_build_is_built(file, base, equal) -> None:

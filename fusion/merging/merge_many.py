@@ -17,7 +17,7 @@ from fusion.alignment import (
     identity_permutation,
 )
 from fusion.data import seed_from
-from fusion.method.averaging import mean_network
+from fusion.merging.averaging import mean_network
 
 log = logging.getLogger(__name__)
 

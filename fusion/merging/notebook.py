@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fusion.merging.rule import Need, Piece, Rule
 from fusion.models import Layer
 from fusion.spectrum import LayerSNR, notebook_score
 
-# The notebook merges two models without trimming: where their changes differ in sign the larger
-# one wins, else they are averaged. That is TIES with everything kept.
-TIES_DENSITY = 1.0
+
+@dataclass(frozen=True)
+class NotebookTies(Rule):
+    r"""The notebook's merge of two models, which it calls TIES.
+
+    The base plus the mean of the changes where all have the same sign, and the base alone where
+    they differ:
+
+    .. math::
+        \theta = \theta_0 + \frac{1}{n} \sum_i \tau_i \cdot
+        [\operatorname{sign} \tau_1 = \dots = \operatorname{sign} \tau_n]
+
+    Nothing is trimmed, and no sign wins: that is *not* TIES (arXiv 2306.01708) at any density. The
+    experts' shares play no part.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
+    elementwise: ClassVar[bool] = True
+
+    def merge(self, piece: Piece) -> Tensor:
+        """Return the merged tensor, (*shape)."""
+        changes = piece.changes
+        signs = changes.sign()
+        agree = (signs == signs[0]).all(dim=0)
+        return piece.reference + torch.where(agree, changes.mean(dim=0), 0.0)
 
 
 def score(weight: Tensor) -> LayerSNR:

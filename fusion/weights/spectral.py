@@ -1,0 +1,86 @@
+"""Singular vectors and polar factors of stacks of matrices, through the smaller side.
+
+A weight of O rows and I·k·k columns has rank min(O, I·k·k) at most, and everything here follows
+from the eigenvectors of the Gram matrix of its smaller side. In float64 that costs a fraction of a
+singular value decomposition in float32: five times less at 512×4608, twice at 1024×2048. Forming
+the Gram matrix squares the singular values, so that those below about 1e-8 of the largest one are
+lost in float64's rounding; ``NEGLIGIBLE`` is above that, and below float32's own rounding of a sum
+of many entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusion.weights.precision import exact_device
+
+# Singular values below this share of the largest one are zeros with rounding: such directions
+# carry nothing of the matrix, and an SVD returns arbitrary vectors for them.
+NEGLIGIBLE = 1e-6
+
+
+def exact(matrices: Tensor) -> Tensor:
+    """Return the matrices in float64, on a device that has it."""
+    return matrices.to(device=exact_device(matrices.device), dtype=torch.float64)
+
+
+def leading_components(
+    matrices: Tensor, count: int, *, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``count`` largest singular values of each matrix and their vectors.
+
+    Args:
+        matrices: (…, m, c).
+        count: how many, 0 to min(m, c).
+        beside: (…), norms of the operands that the matrices are a difference of; values that are
+            negligible beside these count as rounding, too.
+
+    Returns:
+        Left vectors (…, m, count), singular values (…, count) from the largest, right vectors
+        (…, c, count), all float64. Negligible values and their vectors are exactly 0.
+    """
+    matrices = exact(matrices)
+    if matrices.shape[-2] > matrices.shape[-1]:
+        right, values, left = leading_components(matrices.mT, count, beside=beside)
+        return left, values, right
+    squares, vectors = torch.linalg.eigh(matrices @ matrices.mT)
+    values = squares.clamp(min=0).sqrt().flip(-1)[..., :count]
+    inverse = _inverse(values, beside)
+    values = values.where(inverse > 0, 0)
+    left = vectors.flip(-1)[..., :count] * (inverse > 0)[..., None, :]
+    right = matrices.mT @ (left * inverse[..., None, :])
+    return left, values, right
+
+
+def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest matrix with orthonormal rows or columns, and the singular values.
+
+    For A = U S Vᵀ that is U Vᵀ, the solution of the orthogonal Procrustes problem; written as
+    (A Aᵀ)^(-1/2) A it is a whitening. Directions with a negligible singular value are left out.
+
+    Args:
+        matrices: (…, m, c).
+
+    Returns:
+        (…, m, c) and (…, min(m, c)) from the largest, float64.
+    """
+    matrices = exact(matrices)
+    if matrices.shape[-2] > matrices.shape[-1]:
+        factor, values = polar(matrices.mT)
+        return factor.mT, values
+    squares, vectors = torch.linalg.eigh(matrices @ matrices.mT)
+    values = squares.clamp(min=0).sqrt()
+    whitening = (vectors * _inverse(values)[..., None, :]) @ vectors.mT
+    return whitening @ matrices, values.flip(-1)
+
+
+def _inverse(values: Tensor, beside: Tensor | None = None) -> Tensor:
+    """Return 1/values, 0 for what is negligible beside the largest of them."""
+    if not values.numel():
+        return values
+    largest = values.amax(-1, keepdim=True)
+    if beside is not None:
+        largest = torch.maximum(largest, beside[..., None])
+    present = values > NEGLIGIBLE * largest
+    return torch.where(present, 1 / values.where(present, 1), 0)
