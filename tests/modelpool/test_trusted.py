@@ -239,6 +239,7 @@ def test_no_architecture_grows_beyond_its_file(file, spec, numbers, monkeypatch)
     with pytest.raises(UserError, match=numbers):
         Checkpoint(file(spec)).build()
     assert len(made) < 10_000
+    assert torch.is_grad_enabled()  # a constructor was left in the middle
 
 
 def counted(function, calls):
