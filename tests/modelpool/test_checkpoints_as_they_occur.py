@@ -315,7 +315,7 @@ def test_a_real_torchscript_archive_is_told(tmp_path) -> None:
 
 
 FEW = settings(
-    max_examples=150, derandomize=True, database=None, deadline=None,
+    max_examples=80, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 
