@@ -12,16 +12,25 @@ if TYPE_CHECKING:
     from fusion.errors import UserError
     from fusion.method.base import BaseAlgorithm
     from fusion.modelpool.base import BaseModelPool
+    from fusion.modelpool.checkpoint import load
     from fusion.taskpool.base import BaseTaskPool
 
 __version__ = "0.1.0"
-__all__ = ["BaseAlgorithm", "BaseModelPool", "BaseTaskPool", "UserError", "__version__"]
+__all__ = [
+    "BaseAlgorithm",
+    "BaseModelPool",
+    "BaseTaskPool",
+    "UserError",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
     "BaseAlgorithm": "fusion.method.base",
     "BaseModelPool": "fusion.modelpool.base",
     "BaseTaskPool": "fusion.taskpool.base",
     "UserError": "fusion.errors",
+    "load": "fusion.modelpool.checkpoint",
 }
 
 

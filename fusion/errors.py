@@ -19,6 +19,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shown(text: str, limit: int = 60) -> str:
+    """Return text that somebody else wrote as a message shows it: one line, bounded, printable."""
+    text = text if len(text) <= limit else f"{text[:limit]}…"
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)

@@ -141,7 +141,7 @@ class LabelSpace:
         """
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the classes are not written as JSON: {text[:60]!r}") from error
         fields = found if isinstance(found, dict) else {}
         labels, names, task = (fields.get(key) for key in ("labels", "names", "task"))

@@ -81,6 +81,9 @@ def test_members_are_measured_when_asked(program, pool, test_digits) -> None:
     evaluation = outcome.report["evaluation"]
     control = "_pretrained_, batch norm merged"
     assert list(evaluation) == ["_pretrained_", "a", "ensemble", control, "merged"]
+    assert list(evaluation["ensemble"]) == [
+        "digits"
+    ]  # of the other task only one knows the classes
     assert list(evaluation["a"]) == ["a"]  # ten classes are a dash; b answers nothing: no row
     assert evaluation[control] != evaluation["merged"]
     own = outcome.report["shares_of_experts"]

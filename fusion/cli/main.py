@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import UserError
+from fusion.errors import UserError, suggestion
 
 PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
+EXPORT = "export="
+_EXPORT_OPTIONS = ("export", "to", "task", "shape", "overwrite")
 _INTERRUPTED = 130
 
 
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if any(argument.startswith(SUMMARIZE) for argument in arguments):
             _summarize(arguments)
+        elif any(argument.startswith(EXPORT) for argument in arguments):
+            _export(arguments)
         else:
             _hydra(arguments)
     except UserError as error:
@@ -58,6 +62,34 @@ def _summarize(arguments: list[str]) -> None:
     from fusion.study import summarise
 
     sys.stdout.write(summarise(arguments[0].removeprefix(SUMMARIZE)).text)
+
+
+def _export(arguments: list[str]) -> None:
+    """Write a merged network, or one task of it, as a plain network."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    for name in given:
+        if name not in _EXPORT_OPTIONS:
+            raise UserError(
+                f"export has no option '{name}'{suggestion(name, _EXPORT_OPTIONS)} (options: "
+                f"{', '.join(_EXPORT_OPTIONS)})"
+            )
+    if not given["export"] or not given.get("to"):
+        raise UserError("export needs two files: export=merged.safetensors to=plain.safetensors")
+    sizes = given.get("shape", "").strip("[]").replace(",", " ").split()
+    if not all(size.isdecimal() for size in sizes):
+        raise UserError(f"shape={given['shape']}: give three sizes, such as shape=[3,224,224]")
+    if given.get("overwrite", "false") not in ("true", "false"):
+        raise UserError(f"overwrite={given['overwrite']}: give true or false")
+    from fusion.export import export
+
+    written = export(
+        given["export"],
+        given["to"],
+        task=given.get("task"),
+        shape=[int(size) for size in sizes] or None,
+        overwrite=given.get("overwrite") == "true",
+    )
+    sys.stdout.write(f"Wrote {written}\n")
 
 
 def _hydra(arguments: list[str]) -> None:

@@ -25,7 +25,8 @@ class GitReBasin(Merge):
     of the mean.
 
     After ``run`` the report says what moved; with an ``output_path`` it is in ``alignment.csv``
-    and drawn in ``alignment.pdf`` and ``.png``. One control is the mean without alignment.
+    and drawn in ``alignment.pdf`` and ``.png``. Where a unit moved, one control is the mean without
+    alignment.
 
     Args:
         by: match units by their ``weights``, or by their ``activations`` on the pool's training
@@ -88,7 +89,8 @@ class GitReBasin(Merge):
         modelpool: BaseModelPool,
     ) -> None:
         """Name the networks that the result is compared with: also the mean without alignment."""
-        self.controls["mean without alignment"] = partial(
-            self._merged, unaligned, choice, plan, treatment, modelpool
-        )
+        if any(entry["changed"] for entry in self.report["alignment"].values()):
+            self.controls["mean without alignment"] = partial(
+                self._merged, unaligned, choice, plan, treatment, modelpool
+            )
         super().add_controls(members, unaligned, choice, plan, treatment, modelpool)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
+from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import digest_tensors
 from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate
@@ -219,9 +220,8 @@ def on_meta(architecture: Architecture) -> nn.Module:
     """Make a network's structure on the meta device, where tensors have shapes but no values."""
     if isinstance(architecture, nn.Module):
         return ModuleMember(architecture).architecture()
-    if isinstance(architecture, Mapping) and architecture.get("weights") is not None:
-        # torchvision's constructors would fetch and load real weights into a bare structure.
-        architecture = {**architecture, "weights": None}
+    if isinstance(architecture, Mapping):
+        architecture = without_pretrained_weights(architecture)
     try:
         with torch.device("meta"), WithoutRandomValues():
             made = build_architecture(architecture)

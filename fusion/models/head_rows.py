@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError
@@ -45,7 +47,15 @@ def select_rows(
     return selected
 
 
-def resize_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+class Shaped(Protocol):
+    """Anything with a shape: a tensor, or what a file says of one before it is read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Size along each dimension."""
+
+
+def resize_head(model: nn.Module, state: Mapping[str, Shaped]) -> None:
     """Give the tensors of ``model`` the shapes that ``state`` has, in place.
 
     Parameters and buffers of another shape are replaced by new ones, without values of their own,
@@ -59,9 +69,9 @@ def resize_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         owner, _, name = key.rpartition(".")
         module = model.get_submodule(owner)
         held = getattr(module, name)
-        if held.shape == tensor.shape:
+        if held.shape == torch.Size(tensor.shape):
             continue
-        empty = held.new_empty(tensor.shape)
+        empty = held.new_empty(torch.Size(tensor.shape))
         if isinstance(held, nn.Parameter):
             setattr(module, name, nn.Parameter(empty, requires_grad=held.requires_grad))
         else:

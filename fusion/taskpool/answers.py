@@ -126,9 +126,11 @@ def answer_of(
     alike = len({id(net) for _, net in knowing}) == 1
     if knowing and (alike or isinstance(model, Ensemble)):
         space = knowing[0][0]
+        if not isinstance(model, Ensemble):
+            return Answer((knowing[0][1],), "one", space)
         # Members of an ensemble are averaged class by class, so they must list the same classes.
         same = [n for s, n in knowing if s is space or (s and space and s.equals(space))]
-        return Answer(tuple(same), "one" if len(same) == 1 or alike else "mean", space)
+        return Answer(tuple(same), "mean", space) if len(same) > 1 else None  # one is no ensemble
     if knowing:
         log.info("Several heads know the classes of task '%s' and none has its name", task)
         return None

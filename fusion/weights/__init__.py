@@ -5,6 +5,7 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 
 from fusion.weights.linear import lerp, weighted_mean
 from fusion.weights.operands import normalised_weights
+from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
 from fusion.weights.precision import exact_device, image_dtype, widened, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
@@ -12,7 +13,13 @@ from fusion.weights.safetensors_file import (
     read_metadata,
     save_safetensors,
 )
-from fusion.weights.source import ModuleSource, TensorInfo, TensorSource
+from fusion.weights.source import (
+    ModuleSource,
+    RenamedSource,
+    StateDictSource,
+    TensorInfo,
+    TensorSource,
+)
 from fusion.weights.spherical import slerp, spherical_mean
 from fusion.weights.state_dict import (
     StateDict,
@@ -30,16 +37,20 @@ from fusion.weights.ties_merging import ties, trim
 
 __all__ = [
     "ModuleSource",
+    "RenamedSource",
     "SafetensorsSource",
     "StateDict",
+    "StateDictSource",
     "TensorInfo",
     "TensorSource",
     "exact_device",
     "image_dtype",
     "lerp",
+    "load_pickled",
     "load_safetensors",
     "normalised_weights",
     "read_metadata",
+    "require_dense",
     "require_same_keys",
     "save_safetensors",
     "slerp",
@@ -50,6 +61,7 @@ __all__ = [
     "state_dict_sub",
     "state_dict_to_vector",
     "state_dict_weighted_sum",
+    "state_dicts",
     "ties",
     "trainable_state_dict",
     "trim",

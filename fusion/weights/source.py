@@ -75,22 +75,11 @@ class TensorSource(Mapping[str, Tensor]):
         return self.read(name, 0, info.numel).reshape(info.shape)
 
 
-class ModuleSource(TensorSource):
-    """The state dict of a module as a source; it shows the module's own tensors, not copies.
+class StateDictSource(TensorSource):
+    """Tensors that are already there as a source; it shows these tensors, not copies."""
 
-    Raises:
-        UserError: the module keeps extra state that is not a tensor.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for name, tensor in module.state_dict().items():
-            if not isinstance(tensor, Tensor):
-                raise UserError(
-                    f"'{name}' of {type(module).__name__} is extra state of the type "
-                    f"{type(tensor).__name__}; only tensors can be merged"
-                )
-            self._tensors[name] = tensor.detach()
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
@@ -117,3 +106,51 @@ class ModuleSource(TensorSource):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class ModuleSource(StateDictSource):
+    """The state dict of a module as a source; it shows the module's own tensors, not copies.
+
+    Raises:
+        UserError: the module keeps extra state that is not a tensor.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        state = module.state_dict()
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise UserError(
+                    f"'{name}' of {type(module).__name__} is extra state of the type "
+                    f"{type(tensor).__name__}; only tensors can be merged"
+                )
+        super().__init__(state)
+
+
+class RenamedSource(TensorSource):
+    """Some tensors of another source, under other names.
+
+    Args:
+        source: where the tensors lie.
+        names: new name → name in ``source``.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
+        self._source = source
+        self._names = dict(names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of the tensor ``name``."""
+        return self._source.info(self._names[name])
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of the tensor ``name`` as a vector in C order."""
+        return self._source.read(self._names[name], start, stop)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
