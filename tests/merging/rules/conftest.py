@@ -34,7 +34,8 @@ def gram_of(name: str, groups: int, columns: int, rows: int = 40) -> Tensor:
 def network_pieces(
     base: nn.Module, experts: Mapping[str, nn.Module], *, shares: Sequence[float] | None = None
 ) -> list[Piece]:
-    """The parameters of a network, with statistics that depend on names only."""
+    """The parameters of a network, with statistics that depend on stripped names only."""
+    data = [name.strip() for name in experts]
     layers = find_layers(base)
     parameters = dict(base.named_parameters())
     states = {name: expert.state_dict() for name, expert in experts.items()}
@@ -54,11 +55,11 @@ def network_pieces(
             )
             shape = piece.experts.shape[1:]
             statistics = {
-                "fisher": torch.stack([draw(*shape, of=f"F {n} {key}").square() for n in experts])
+                "fisher": torch.stack([draw(*shape, of=f"F {n} {key}").square() for n in data])
             }
             if key == layer.weight:
                 columns = piece.matrices(piece.experts).shape[-1]
-                grams = [gram_of(f"G {n} {key}", layer.groups, columns) for n in experts]
+                grams = [gram_of(f"G {n} {key}", layer.groups, columns) for n in data]
                 statistics["gram"] = torch.stack(grams)
             pieces.append(replace(piece, statistics=statistics))
     return pieces

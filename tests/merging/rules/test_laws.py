@@ -133,6 +133,31 @@ def test_equal_shares_are_equal_shares(rule, pieces, merge_all) -> None:
         assert_close(merged[key], other[key], rtol=1e-4, atol=1e-5)
 
 
+# Where the sum is meant, it is divided by n here: relative shares keep its size.
+COUNTS_COPIES = (
+    Mean(),
+    Slerp(),
+    TaskArithmetic(scale=1 / 3),
+    Ties(density=1.0),
+    Ties(density=0.5, scope="tensor"),
+    EMR(),
+    Fisher(),
+    RegMean(),
+)
+
+
+@pytest.mark.parametrize("rule", COUNTS_COPIES, ids=str)
+def test_a_share_counts_as_copies(rule, base, peers, merge_network) -> None:
+    a, b = peers["p1"], peers["p2"]
+    # the names say which data an expert has: copies have the same
+    other = merge_network(rule, base, {"a": a, "b": b}, shares=(2 / 3, 1 / 3))
+    if isinstance(rule, TaskArithmetic):
+        rule = TaskArithmetic(scale=rule.scale * 2 / 3)
+    copies = merge_network(rule, base, {"a": a, "a ": a, "b": b})
+    for key in copies:
+        assert_close(copies[key], other[key], rtol=1e-4, atol=1e-5)
+
+
 # What DARE drops depends on positions.
 ORDERLESS = {name: rule for name, rule in RULES.items() if not isinstance(rule, Dare)}
 
