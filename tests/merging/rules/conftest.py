@@ -89,10 +89,19 @@ def merge_network() -> Callable[..., dict[str, Tensor]]:
     return merge
 
 
+@pytest.fixture(scope="session")
+def built() -> dict[str, list[Piece]]:
+    """What has been built for an earlier test; pieces are never written to."""
+    return {}
+
+
 @pytest.fixture
-def pieces(base: nn.Module, peers: Mapping[str, nn.Module]) -> list[Piece]:
+def pieces(request: pytest.FixtureRequest, built: dict[str, list[Piece]]) -> list[Piece]:
     """The parameters of a small ResNet and three experts of it."""
-    return network_pieces(base, peers)
+    if not built:
+        base, peers = (request.getfixturevalue(name) for name in ("base", "peers"))
+        built["pieces"] = network_pieces(base, peers)
+    return list(built["pieces"])
 
 
 @pytest.fixture
