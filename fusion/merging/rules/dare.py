@@ -32,7 +32,8 @@ class Dare(Rule):
     is dropped depends on the seed, the tensor's name, the expert's name and the entry's position,
     not on the order of experts or on the parts in which a long tensor comes: the random words are
     those of a counter-based generator (:func:`fusion.weights.random_mask.random_mask`). At density
-    1 nothing is touched, and this is the inner rule bit for bit.
+    1 nothing is touched, and this is the inner rule bit for bit. Of a rule with a tensor for each
+    task, the merged one is used.
 
     The paper drops 90 % and merges by task arithmetic or TIES; so do the defaults.
 

@@ -24,7 +24,8 @@ class Fisher(Rule):
 
     Fisher merging (Matena and Raffel, 2022, arXiv 2111.09832, section 3). The gradients are squared
     for each example and then averaged; other implementations square the sum over a batch. Every
-    parameter has a Fisher: kernels, norm parameters and biases are treated alike. Equal Fishers
+    parameter has a Fisher: kernels, norm parameters and biases are treated alike. Whether y is the
+    label or drawn from the model (the paper's) is the statistic's choice. Equal Fishers
     give the weighted mean, and n copies of an expert that expert, bit for bit. No base is needed.
 
     A piece brings ``statistics["fisher"]``, (n, *shape).

@@ -57,5 +57,4 @@ class IsoC(MatrixRule):
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""
         directions, values = polar(piece.matrices(piece.summed_changes))
-        merged = values.mean(-1)[:, None, None] * directions
-        return (self.scale * merged).to(changes)
+        return (self.scale * values.mean(-1)[:, None, None] * directions).to(changes)

@@ -65,19 +65,17 @@ class IsoCTS(MatrixRule):
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""
         n, rank = len(changes), min(changes.shape[-2:])
         own = min(rank // n, round((rank - int(rank * self.common_share)) / n))
-        total = exact(piece.matrices(piece.summed_changes))
+        total = piece.matrices(piece.summed_changes)
         if own == 0:
             directions, values = polar(total)
         else:
             norms = exact(torch.linalg.matrix_norm(changes).amax(0))
             components = [leading_components(total, rank - n * own, beside=norms)]
-            common = components[0][0]
+            common = components[0][0].to(changes)
             for change, share in zip(changes, piece.relative_shares.tolist(), strict=True):
-                rest = share * exact(change)
-                rest = rest - common @ (common.mT @ rest)
+                rest = share * (change - common @ (common.mT @ change))
                 components.append(leading_components(rest, own, beside=norms))
             sides = zip(*components, strict=True)
             left, values, right = (torch.cat(parts, dim=-1) for parts in sides)
-            directions = polar(left)[0] @ polar(right)[0].mT
-        merged = values.mean(-1)[:, None, None] * directions
-        return (self.scale * merged).to(changes)
+            directions = polar(left)[0].to(changes) @ polar(right)[0].mT.to(changes)
+        return (self.scale * values.mean(-1)[:, None, None] * directions).to(changes)

@@ -40,7 +40,7 @@ class LiNeS(Rule):
     with norms over the whole network. All tensors of a layer (kernel, bias, norm parameters) have
     the layer's factor. The paper counts transformer blocks and gives what lies outside of them α;
     here every convolution and linear layer counts, so that stem and last layer have the smallest
-    and the largest factor.
+    and the largest factor. Of a rule with a tensor for each task, the merged one is used.
 
     Args:
         rule: what merges the task vectors; as in the paper, their plain sum by default.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fusion.merging.rule import MatrixRule, Piece
@@ -60,11 +61,11 @@ class TSVM(MatrixRule):
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""
-        n, rank = len(changes), min(changes.shape[-2:])
-        left, values, right = leading_components(changes, max(1, rank // n))
-        values = values * piece.relative_shares.to(values)[:, None, None]
-        # (n, g, rows, k) -> (g, rows, n · k): the tasks side by side
-        left, right = (v.permute(1, 2, 0, 3).flatten(2) for v in (left, right))
-        weights = values.transpose(0, 1).flatten(1)
-        merged = (polar(left)[0] * weights[:, None, :]) @ polar(right)[0].mT
-        return (self.scale * merged).to(changes)
+        count = max(1, min(changes.shape[-2:]) // len(changes))
+        tasks = [leading_components(change, count) for change in changes]
+        left, right = (torch.cat([task[side] for task in tasks], dim=-1) for side in (0, 2))
+        shares = piece.relative_shares.tolist()
+        strengths = [share * task[1] for share, task in zip(shares, tasks, strict=True)]
+        weights = self.scale * torch.cat(strengths, dim=-1)[:, None, :]
+        # Two orthonormal factors: their product loses nothing in the weights' own precision.
+        return (polar(left)[0] * weights).to(changes) @ polar(right)[0].mT.to(changes)

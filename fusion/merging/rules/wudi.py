@@ -40,8 +40,10 @@ class WUDI(MatrixRule):
         \tau = \tau_\Sigma + \sum_i n s_i (\tau_i - \tau_\Sigma)\, G_i
         \Bigl(\sum_i n s_i G_i + \rho I\Bigr)^{-1}
 
-    with ρ equal to ``ridge`` times the mean eigenvalue of :math:`\sum_i n s_i G_i`. It needs no
-    step size, is equivariant under rescaling of all task vectors, and costs one factorisation.
+    with ρ = ``ridge``, to be seen beside Gram matrices of trace 1. It needs no step size, follows a
+    rescaling of all task vectors, and costs one factorisation. ρ = 1 arrives about where the
+    paper's 300 steps do for task vectors of some 1e-3 to 1e-2 in each entry; smaller values follow
+    the loss farther, as more or longer steps would.
 
     A convolution of g groups is g matrices of out/g rows and in/g · kernel size columns; other
     implementations take the weights of ``nn.Linear`` alone and average kernels. Norm parameters,
@@ -105,10 +107,8 @@ def _interference(changes: Tensor, shares: list[float], total: Tensor) -> tuple[
 def _closed_form(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """Return R T (TᵀT + ρ I)^-1, by whichever of TᵀT and T Tᵀ is smaller."""
     rows, columns = inputs.shape[-2:]
-    level = inputs.square().sum((-2, -1)) / columns
-    level = ridge * level.where(level > 0, 1)
     gram = inputs.mT @ inputs if columns <= rows else inputs @ inputs.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(level[:, None])
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     factor = torch.linalg.cholesky(gram)
     if columns <= rows:
         return torch.cholesky_solve((targets @ inputs).mT, factor).mT
