@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusion.errors import UserError
     from fusion.method.base import BaseAlgorithm
+    from fusion.method.presets import merge, methods
     from fusion.modelpool.base import BaseModelPool
     from fusion.modelpool.checkpoint import load
     from fusion.taskpool.base import BaseTaskPool
@@ -23,6 +24,8 @@ __all__ = [
     "UserError",
     "__version__",
     "load",
+    "merge",
+    "methods",
 ]
 
 _HOMES = {
@@ -31,6 +34,8 @@ _HOMES = {
     "BaseTaskPool": "fusion.taskpool.base",
     "UserError": "fusion.errors",
     "load": "fusion.modelpool.checkpoint",
+    "merge": "fusion.method.presets",
+    "methods": "fusion.method.presets",
 }
 
 

@@ -14,13 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from fusion.cli.job import register_resolvers
-from fusion.cli.main import config_dir
+from fusion.config_folder import config_folder
 from fusion.target import check_options, is_target, locate
 
 CHOICES = sorted(
-    f"{file.parent.relative_to(config_dir())}={file.stem}"
-    for file in config_dir().rglob("*.yaml")
-    if file.parent != config_dir()
+    f"{file.parent.relative_to(config_folder())}={file.stem}"
+    for file in config_folder().rglob("*.yaml")
+    if file.parent != config_folder()
 )
 MIRRORED = [choice for choice in CHOICES if choice.startswith(("method=", "finetune="))]
 WORDS = ("_target_", "_recursive_", "_args_", "_partial_")
@@ -34,7 +34,7 @@ def composed() -> Iterator[Any]:
 
     def make(*overrides: str) -> dict[str, Any]:
         given = [] if any(o.startswith("modelpool=") for o in overrides) else ["modelpool=digits"]
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose(
                 "fusion_bench", overrides=[*given, *overrides], return_hydra_config=True
             )
@@ -75,7 +75,7 @@ def test_every_option_binds_to_its_targets_signature(composed, choice) -> None:
 
 def raw(choice: str) -> dict[str, Any]:
     group, _, name = choice.partition("=")
-    values = OmegaConf.to_container(OmegaConf.load(Path(config_dir()) / group / f"{name}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / group / f"{name}.yaml"))
     assert isinstance(values, dict)
     return values
 
@@ -100,7 +100,7 @@ def test_the_yaml_mirrors_the_signature_line_by_line(choice) -> None:
 @pytest.mark.parametrize("choice", [c for c in MIRRORED if c.startswith("method=")])
 def test_every_option_is_explained_beside_it(choice) -> None:
     group, _, name = choice.partition("=")
-    text = (Path(config_dir()) / group / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (Path(config_folder()) / group / f"{name}.yaml").read_text(encoding="utf-8")
     for key in raw(choice):
         if key not in WORDS and key != "defaults":
             (line,) = [line for line in text.splitlines() if line.startswith(f"{key}:")]

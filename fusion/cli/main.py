@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fusion.config_folder import config_folder
 from fusion.errors import UserError, suggestion
 
 PRIMARY = "fusion_bench"
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         from fusion.cli.help import help_text
 
-        sys.stdout.write(help_text(config_dir(), arguments))
+        sys.stdout.write(help_text(config_folder(), arguments))
         return
     if "--version" in arguments:
         from fusion import __version__
@@ -45,13 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\nfusion_bench: interrupted\n")
         sys.exit(_INTERRUPTED)
-
-
-def config_dir() -> Path:
-    """Return the folder of the shipped YAML: the wheel's own, or the checkout's."""
-    package = Path(__file__).resolve().parent.parent
-    shipped = package / "config"
-    return shipped if shipped.is_dir() else package.parent / "config"
 
 
 def _summarize(arguments: list[str]) -> None:
@@ -103,13 +97,15 @@ def _hydra(arguments: list[str]) -> None:
     # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *mistakes.without_null(arguments)]
-    entry = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=PRIMARY)(job)
+    entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=PRIMARY)(
+        job
+    )
     try:
         entry()
     except mistakes.CONFIGURATION_ERRORS as error:
         if not mistakes.is_configuration_error(error):
             raise
-        raise UserError(mistakes.explain(error, arguments, config_dir())) from error
+        raise UserError(mistakes.explain(error, arguments, folder)) from error
     except OSError as error:
         if not mistakes.is_from_making_a_folder(error):
             raise

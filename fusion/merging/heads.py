@@ -30,7 +30,8 @@ class HeadPlan:
         labels: the classes of the result's outputs; ``None`` where nobody knows them, or where
             there are several heads.
         groups: the experts by label space: those of one group share their head.
-        base_shares: whether the base has the experts' label space, where there is only one.
+        base_shares: whether the experts have one label space, and the base has it too if there is
+            a base.
         assumed: members whose classes nobody knows: taken to be those of members whose heads have
             the same shape.
     """
@@ -40,6 +41,11 @@ class HeadPlan:
     groups: tuple[tuple[str, ...], ...]
     base_shares: bool
     assumed: tuple[str, ...] = ()
+
+    @property
+    def head_is_a_layer(self) -> bool:
+        """Whether the head is merged like any other layer."""
+        return self.kind == "merged" and self.base_shares
 
     def group_of(self, name: str) -> tuple[str, ...]:
         """Return the experts that share the head of the expert ``name``."""
@@ -74,7 +80,7 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
             groups.append([name])
     base = spaces.get(PRETRAINED)
     one = len(groups) == 1
-    base_shares = one and modelpool.has_pretrained and _share(spaces, PRETRAINED, experts[0])
+    base_shares = one and (not modelpool.has_pretrained or _share(spaces, PRETRAINED, experts[0]))
     kind: Kind
     if head != "auto":
         kind = "merged" if head == "pretrained" and base_shares else head  # type: ignore[assignment]
@@ -91,7 +97,7 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
         )
     labels: LabelSpace | None = None
     if kind == "merged":
-        found = spaces[PRETRAINED if base_shares else experts[0]]
+        found = spaces[experts[0]]
         labels = found if isinstance(found, LabelSpace) else None
     elif kind == "pretrained":
         labels = base if isinstance(base, LabelSpace) else None
@@ -125,7 +131,7 @@ def merged_heads(
         parts = [(experts[name], modelpool.labels(name)) for name in experts]
         rows = {key: _united(key, base, modelpool, parts, plan.labels) for key in head.tensors}
         return {"": rows}
-    if plan.kind == "merged" and base is not None and not plan.base_shares:
+    if plan.kind == "merged" and not plan.base_shares:
         return {"": _mean_head(head, [experts[name] for name in plan.groups[0]])}
     if plan.kind != "tasks":
         return {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusion.data import seed_from
 from fusion.models import Layer
 from fusion.models.layer import Kind
+from fusion.weights import weighted_mean
 from fusion.weights.operands import normalised_weights, working_operands
 
 
@@ -208,7 +209,14 @@ class Rule(ABC):
 
 
 class TaskRule(Rule):
-    """A rule that gives each expert's task a tensor of its own, such as a masked common one."""
+    """A rule that can give each expert's task a tensor of its own, such as a masked common one.
+
+    Attributes:
+        per_task: whether the result has a network for each task, made by :meth:`separate`, instead
+            of the one that :meth:`merge` makes.
+    """
+
+    per_task: bool
 
     @abstractmethod
     def separate(self, piece: Piece) -> Tensor:
@@ -254,10 +262,7 @@ def mean_of_experts(piece: Piece) -> Tensor:
 
     The mean of n copies of a tensor is that tensor, bit for bit.
     """
-    mean = piece.experts[0].clone()
-    for expert, share in zip(piece.experts[1:], piece.shares[1:], strict=True):
-        mean.add_(expert - piece.experts[0], alpha=share)
-    return mean
+    return weighted_mean(list(piece.experts), piece.shares)
 
 
 def merge_tensor(

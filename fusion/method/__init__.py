@@ -4,6 +4,7 @@ from fusion.method.base import BaseAlgorithm
 from fusion.method.dummy import DummyAlgorithm
 from fusion.method.git_rebasin import GitReBasin
 from fusion.method.interpolation_barrier import InterpolationBarrier
+from fusion.method.merge import Merge
 from fusion.method.snr_selective_merge import SNRSelectiveMerge
 from fusion.method.task_vector_cos_similarity import TaskVectorCosSimilarity
 from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
@@ -13,6 +14,7 @@ __all__ = [
     "DummyAlgorithm",
     "GitReBasin",
     "InterpolationBarrier",
+    "Merge",
     "SNRSelectiveMerge",
     "TaskVectorCosSimilarity",
     "TaskVectorViolinPlot",

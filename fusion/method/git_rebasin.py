@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
 from fusion.errors import UserError, check_choice
-from fusion.merging.heads import HeadPlan
-from fusion.merging.members import LayerChoice, Members
+from fusion.merging.assembly import Assembly
+from fusion.merging.members import Members
 from fusion.merging.rules import Mean, Slerp
 from fusion.method.merge import Merge
-from fusion.modelpool import BaseModelPool
 
 BY = ("weights", "activations")
 INTERPOLATIONS = ("lerp", "slerp")
@@ -79,18 +79,9 @@ class GitReBasin(Merge):
             seed=seed,
         )
 
-    def add_controls(
-        self,
-        members: Members,
-        unaligned: Members,
-        choice: LayerChoice,
-        plan: HeadPlan,
-        treatment: str,
-        modelpool: BaseModelPool,
-    ) -> None:
+    def add_controls(self, assembly: Assembly, unaligned: Members) -> None:
         """Name the networks that the result is compared with: also the mean without alignment."""
         if any(entry["changed"] for entry in self.report["alignment"].values()):
-            self.controls["mean without alignment"] = partial(
-                self._merged, unaligned, choice, plan, treatment, modelpool
-            )
-        super().add_controls(members, unaligned, choice, plan, treatment, modelpool)
+            naive = dataclasses.replace(assembly, members=unaligned)
+            self.controls["mean without alignment"] = partial(self.merged, naive)
+        super().add_controls(assembly, unaligned)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError, check_choice
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
 from fusion.merging.alignment import ALIGNMENTS, AlignmentStage
-from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads, task_labels
+from fusion.merging.assembly import Assembly
+from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
-from fusion.merging.rule import Need, Rule
-from fusion.merging.tensors import merge_parameters, merge_statistics
+from fusion.merging.rule import Need, Rule, TaskRule
+from fusion.merging.tensors import merge_parameters, separate_parameters
 from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
-from fusion.models import MultiTaskNetwork, resize_head
+from fusion.models import MultiTaskNetwork
 from fusion.weights import normalised_weights
 
 log = logging.getLogger(__name__)
@@ -137,6 +136,28 @@ class Merge(BaseAlgorithm):
     def finish(self, members: Members, result: nn.Module) -> None:
         """Look at the result once it is made; nothing by default."""
 
+    def add_controls(self, assembly: Assembly, unaligned: Members) -> None:
+        """Name the networks that the result is compared with.
+
+        By default the base with the same batch norm; where its head stands for other classes, with
+        the experts' heads.
+
+        Args:
+            assembly: makes networks like the result.
+            unaligned: the experts as they were.
+        """
+        del unaligned
+        members, plan, modelpool = assembly.members, assembly.plan, assembly.modelpool
+        if members.base is None:
+            return
+        found = merged_heads(plan, members.head, members.base, members.experts, modelpool)
+        heads = found if plan.kind in ("tasks", "merged") else {}
+        heads_of = ", experts' heads" if heads else ""
+        name = f"{PRETRAINED}{heads_of}{_CONTROL[assembly.treatment]}"
+        self.controls[name] = partial(assembly.network, {}, heads)
+        if not heads:
+            self.record.labels[name] = modelpool.labels(PRETRAINED)
+
     # -- the pipeline ------------------------------------------------------------------------------
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
@@ -150,14 +171,10 @@ class Merge(BaseAlgorithm):
                 f"{type(self).__name__} merges experts, and the pool has none (it has "
                 f"{', '.join(modelpool.all_model_names) or 'nothing'}); add at least one"
             )
-        if Need.BASE in self.rule.needs and not modelpool.has_pretrained:
-            raise UserError(
-                f"{type(self.rule).__name__} needs a base, and the pool has only "
-                f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
-            )
+        self._check_needs(modelpool)
         modelpool.preflight()
         self.shares(modelpool.model_names)
-        plan = plan_heads(modelpool, self.head)
+        plan_heads(modelpool, self.head)
         model = modelpool.architecture(modelpool.pretrained_or_first_name)
         if self.alignment is not None:
             try:
@@ -169,8 +186,6 @@ class Merge(BaseAlgorithm):
                     f"{error}; or merge without alignment: {self.without_alignment}"
                 ) from error
         self._treatment(modelpool, model)
-        if plan.kind == "tasks":
-            task_labels(plan, modelpool)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the merged network; nothing in the pool is changed."""
@@ -191,48 +206,46 @@ class Merge(BaseAlgorithm):
         members = self.prepared(members)
         with self.profile("choose layers"):
             choice = self.choose(members, plan)
-        treatment = self._treatment(modelpool, members.network)
-        result = self._merged(members, choice, plan, treatment, modelpool)
+        assembly = Assembly(
+            members,
+            choice,
+            plan,
+            self._treatment(modelpool, members.network),
+            modelpool,
+            self.fabric,
+            self.calibration,
+            self.shares(members.names),
+        )
+        result = self.merged(assembly)
         self._selected = [layer.name for layer in members.layers if layer.name in choice]
         self._labels = None if isinstance(result, MultiTaskNetwork) else plan.labels
-        self.add_controls(members, unaligned, choice, plan, treatment, modelpool)
-        self._report(members, plan, treatment, result)
+        self.add_controls(assembly, unaligned)
+        self._report(assembly, result)
         self.finish(members, result)
         return result
 
-    def add_controls(
-        self,
-        members: Members,
-        unaligned: Members,
-        choice: LayerChoice,
-        plan: HeadPlan,
-        treatment: str,
-        modelpool: BaseModelPool,
-    ) -> None:
-        """Name the networks that the result is compared with.
-
-        By default the base with the same batch norm; where there is one head for each task, with
-        the experts' heads.
-        """
-        del unaligned
-        if members.base is None:
-            return
-        heads = merged_heads(plan, members.head, members.base, members.experts, modelpool)
-        own_heads = plan.kind in ("tasks", "merged") and bool(heads)
-        heads_of = ", experts' heads" if own_heads else ""
-        name = f"{PRETRAINED}{heads_of}{_CONTROL[treatment]}"
-        self.controls[name] = partial(
-            self._finished,
-            members,
-            choice,
-            {},
-            heads if own_heads else {},
-            plan,
-            treatment,
-            modelpool,
-        )
-        if not own_heads:
-            self.record.labels[name] = modelpool.labels(PRETRAINED)
+    def merged(self, assembly: Assembly) -> nn.Module:
+        """Return the network that the rule makes of the assembly's members."""
+        members, plan = assembly.members, assembly.plan
+        own: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Tensor] = {}
+        options: dict[str, Any] = {
+            "with_head": plan.head_is_a_layer,
+            "device": self.fabric.device,
+            "seed": self.seed,
+        }
+        with self.profile("merge layers"):
+            if isinstance(self.rule, TaskRule) and self.rule.per_task:
+                own = separate_parameters(
+                    members, assembly.choice, self.rule, assembly.modelpool.tasks, **options
+                )
+            else:
+                state = merge_parameters(members, assembly.choice, self.rule, **options)
+            heads = merged_heads(
+                plan, members.head, members.base, members.experts, assembly.modelpool
+            )
+        with self.profile("batch norm"):
+            return assembly.network(state, heads, own)
 
     @property
     def selected_layers(self) -> list[str]:
@@ -269,113 +282,27 @@ class Merge(BaseAlgorithm):
             self.batch_norm, modelpool, model, without_images=self.without_images
         )
 
-    def _merged(
-        self,
-        members: Members,
-        choice: LayerChoice,
-        plan: HeadPlan,
-        treatment: str,
-        modelpool: BaseModelPool,
-    ) -> nn.Module:
-        with self.profile("merge layers"):
-            state = merge_parameters(
-                members,
-                choice,
-                self.rule,
-                with_head=plan.kind == "merged" and (plan.base_shares or members.base is None),
-                device=self.fabric.device,
-                seed=self.seed,
-            )
-            heads = merged_heads(plan, members.head, members.base, members.experts, modelpool)
-        return self._finished(members, choice, state, heads, plan, treatment, modelpool)
+    def _check_needs(self, modelpool: BaseModelPool) -> None:
+        """Check that the pool has what the rule cannot do without.
 
-    def _finished(
-        self,
-        members: Members,
-        choice: LayerChoice,
-        state: Mapping[str, Tensor],
-        heads: Mapping[str, Mapping[str, Tensor]],
-        plan: HeadPlan,
-        treatment: str,
-        modelpool: BaseModelPool,
-    ) -> nn.Module:
-        """Return the network of merged parameters and heads, with its batch norm treated.
-
-        Args:
-            members: what was merged.
-            choice: the merged layers, whose statistics are merged too where asked for.
-            state: merged parameters; what is missing is the base's.
-            heads: task → head, or ``""`` → the only head.
-            plan: what becomes of the heads.
-            treatment: of batch norm.
-            modelpool: has the images.
+        Raises:
+            UserError: it has not.
         """
-        body = copy.deepcopy(members.network)
-        state = dict(state)
-        if treatment in ("merge", "interpolate"):
-            state |= merge_statistics(members, choice, treatment)
-        if plan.kind != "tasks":
-            state |= heads.get("", {})
-        resize_head(body, state)
-        current = body.state_dict()
-        with torch.no_grad():
-            for key, tensor in state.items():
-                current[key].copy_(tensor)
-        with self.profile("batch norm"):
-            return self._treated(body, heads, plan, treatment, members, modelpool)
-
-    def _treated(
-        self,
-        body: nn.Module,
-        heads: Mapping[str, Mapping[str, Tensor]],
-        plan: HeadPlan,
-        treatment: str,
-        members: Members,
-        modelpool: BaseModelPool,
-    ) -> nn.Module:
-        """Treat the running statistics, and put heads of several tasks onto the body."""
-        recalibrate = partial(
-            bn.recalibrate,
-            modelpool=modelpool,
-            fabric=self.fabric,
-            calibration=self.calibration,
-        )
-        if treatment == "recalibrate":
-            recalibrate(body)
-        elif treatment == "repair":
-            experts = [modelpool.load_model(name) for name in members.names]
-            for expert, name in zip(experts, members.names, strict=True):
-                expert.load_state_dict(dict(members.experts[name]))
-            bn.repair_mean(
-                body,
-                experts,
-                modelpool,
-                self.fabric,
-                self.calibration,
-                weights=self.shares(members.names),
+        rule, needs = type(self.rule).__name__, self.rule.needs
+        if Need.BASE in needs and not modelpool.has_pretrained:
+            raise UserError(
+                f"{rule} needs a base, and the pool has only "
+                f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
             )
-        per_task = treatment == "recalibrate_per_task"
-        if plan.kind != "tasks" and not per_task:
-            return body
-        own: dict[str, dict[str, Tensor]] = {}
-        by_head: dict[int, dict[str, Tensor]] = {}
-        statistics = _statistics(body) if per_task else {}
-        for task in modelpool.tasks:
-            head = dict(heads.get(task, {}))
-            if per_task:
-                own[task] = {**head, **{k: t.clone() for k, t in statistics.items()}}
-            else:  # tasks that share a head share one mapping
-                own[task] = by_head.setdefault(id(heads.get(task)), head)
-        network = MultiTaskNetwork.assemble(body, own, task_labels(plan, modelpool))
-        in_head = [m.rpartition(".")[0] for m, _ in bn.statistics_keys(body) if m in members.head]
-        for task, names in modelpool.tasks.items():
-            if per_task:
-                recalibrate(network.for_task(task), names=names)
-            elif treatment == "recalibrate" and in_head:
-                recalibrate(network.for_task(task), names=names, norms=in_head)
-        return network
+        if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
+            lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
+            raise UserError(
+                f"{rule} needs training images of every expert, and the pool has none of "
+                f"{', '.join(lacking)}; add them to train_datasets"
+            )
 
-    def _report(self, members: Members, plan: HeadPlan, treatment: str, result: nn.Module) -> None:
+    def _report(self, assembly: Assembly, result: nn.Module) -> None:
+        members, plan = assembly.members, assembly.plan
         log.info(
             "Merged %d experts in %d of %d layers by %s",
             len(members.names),
@@ -383,25 +310,16 @@ class Merge(BaseAlgorithm):
             len(members.layers),
             type(self.rule).__name__,
         )
-        ordinary = plan.kind == "merged" and (plan.base_shares or members.base is None)
         log.info("Head, %s: %s", _HEAD_WORDS[plan.kind], ", ".join(members.head.tensors))
         if isinstance(result, MultiTaskNetwork):
             log.info("Tasks: %s", ", ".join(result.tasks))
-        log.info("Batch norm: %s", treatment)
+        log.info("Batch norm: %s", assembly.treatment)
         self.report.update(
             experts=list(members.names),
             selected_layers=self._selected,
             candidate_layers=len(members.layers),
             head=plan.kind,
-            head_tensors=[] if ordinary else list(members.head.tensors),
+            head_tensors=[] if plan.head_is_a_layer else list(members.head.tensors),
             tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
-            batch_norm=treatment,
+            batch_norm=assembly.treatment,
         )
-
-
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of all norms, with their counters of batches."""
-    state = model.state_dict()
-    keys = [key for pair in bn.statistics_keys(model) for key in pair]
-    counters = [f"{key.rpartition('.')[0]}.num_batches_tracked" for key in keys[::2]]
-    return {key: state[key] for key in [*keys, *counters] if key in state}

@@ -220,7 +220,7 @@ class SNRSelectiveMerge(Merge):
             device=self.fabric.device,
             progress=self.progress,
         )
-        self._records = scorer.score(members, with_head=plan.base_shares)
+        self._records = scorer.score(members, with_head=plan.head_is_a_layer)
         for record in self._records:
             record.weights = self._weights(record)
         self._select()
@@ -248,7 +248,7 @@ class SNRSelectiveMerge(Merge):
                 raise UserError(
                     f"rank_by: the network has no layer '{name}'{suggestion(name, layers)}"
                 )
-            if not plan.base_shares and set(modelpool.head.tensors) & set(layers[name].tensors):
+            if not plan.head_is_a_layer and set(modelpool.head.tensors) & set(layers[name].tensors):
                 raise UserError(
                     f"rank_by: '{name}' is the head, and the members' heads stand for different "
                     f"classes; it is no layer to merge (see the option 'head')"

@@ -41,6 +41,9 @@ class ConsensusTA(TaskRule):
         minimum_tasks: k, how many tasks must use a weight; 2 as in the paper drops selfish (one
             task) and catastrophic (no task) weights, 1 catastrophic ones only, 0 none.
 
+        per_task: whether each task gets a network of its own, made by its mask (TALL masks), instead
+            of one network made by the consensus.
+
     Raises:
         UserError: an option is outside of its range, or there are fewer experts than
             ``minimum_tasks``.
@@ -57,6 +60,7 @@ class ConsensusTA(TaskRule):
     scale: float = 0.3
     mask_threshold: float = 0.4
     minimum_tasks: int = 2
+    per_task: bool = False
 
     needs = frozenset({Need.BASE})
     elementwise = True

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion.merging.rule import Need, Piece, Pieces, TaskRule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EMR(TaskRule):
     r"""One elected task vector, and for each task a mask and a factor.
 
@@ -33,7 +33,10 @@ class EMR(TaskRule):
 
     :meth:`separate` returns the networks :math:`\theta_i`, which are the method; :meth:`merge`
     returns the unified one, :math:`\theta_0 + \tau`, which the paper does not use by itself. Shares
-    weigh the election only. There are no options.
+    weigh the election only.
+
+    Args:
+        per_task: whether each task gets its network; ``False`` gives the unified one.
 
     Example::
 
@@ -43,6 +46,8 @@ class EMR(TaskRule):
         >>> merge_tensor(EMR(), experts, torch.zeros(2))
         tensor([ 4., -3.])
     """
+
+    per_task: bool = True
 
     needs = frozenset({Need.BASE})
     elementwise = True
