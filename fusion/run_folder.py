@@ -227,13 +227,6 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
     return report if whole and isinstance(report, dict) else None
 
 
-def remove_run(folder: Path) -> None:
-    """Remove the files of a run from ``folder``, its report first; other files stay."""
-    names = _files_of_run(folder) | {CONFIG, MODEL, FINETUNED, LOG}
-    for name in (REPORT, *sorted(names)):
-        (folder / name).unlink(missing_ok=True)
-
-
 def recover(folder: Path) -> None:
     """Finish moving in a run that was whole when its process died."""
     if folder.is_dir() and (ready := list(folder.glob(f"{READY}*"))):

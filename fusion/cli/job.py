@@ -69,6 +69,7 @@ def _run(config: DictConfig, folder: Path) -> None:
     elif sweep.already_finished(folder, text, overwrite=values["overwrite"]):
         log.info("Finished in an earlier sweep: %s", folder)
     else:
+        values["overwrite"] = values["overwrite"] or sweep.is_of(folder, text)
         with sweep.failing_alone(folder, job=HydraConfig.get().job.num):
             _run_program(values, folder, text)
 

@@ -97,9 +97,8 @@ def _hydra(arguments: list[str]) -> None:
     # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *mistakes.without_null(arguments)]
-    entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=PRIMARY)(
-        job
-    )
+    folder = config_folder()
+    entry = hydra.main(version_base="1.3", config_path=str(folder), config_name=PRIMARY)(job)
     try:
         entry()
     except mistakes.CONFIGURATION_ERRORS as error:

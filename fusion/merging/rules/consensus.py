@@ -40,9 +40,8 @@ class ConsensusTA(TaskRule):
             tunes it for each task among 0.2, 0.3, …, 0.6; the default is the middle.
         minimum_tasks: k, how many tasks must use a weight; 2 as in the paper drops selfish (one
             task) and catastrophic (no task) weights, 1 catastrophic ones only, 0 none.
-
-        per_task: whether each task gets a network of its own, made by its mask (TALL masks), instead
-            of one network made by the consensus.
+        per_task: whether each task gets a network of its own, made by its mask (TALL masks),
+            instead of one network made by the consensus.
 
     Raises:
         UserError: an option is outside of its range, or there are fewer experts than
