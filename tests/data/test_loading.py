@@ -87,7 +87,7 @@ def test_global_generators_are_left_alone(random_crops: ImageFiles, workers: int
 def test_large_batches_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = TensorDataset(torch.rand(150, 1, 2, 2), torch.arange(150))
     whole = all_of(dataset, batch_size=150, shuffle=True)
-    monkeypatch.setattr("fusion.data.loading._PIECE", 8)
+    monkeypatch.setattr("fusion.data.loading._FOREIGN_PIECE", 8)
     for workers in (0, 2):
         sizes = []
         for images, labels in batches(dataset, batch_size=70, shuffle=True, workers=workers):
@@ -165,7 +165,10 @@ MISTAKES: list[tuple[object, str]] = [
     ((torch.zeros(3, 4, 4), 0, 0), "gives a tuple of 3 at index 7"),
     ((torch.zeros(3, 4, 4), 0.5), "gives a label of type float at index 7"),
     ((torch.zeros(3, 4, 4), torch.zeros(10)), "gives a label of type torch.float32 at index 7"),
-    ((torch.zeros(3, 5, 4), 0), "gives 3x4x4 float32 at index 6 and 3x5x4 float32 at index 7"),
+    (
+        (torch.zeros(3, 5, 4), 0),
+        "gives an image 3x4x4 float32 at index 6 and 3x5x4 float32 at index 7",
+    ),
     (ValueError("too late\nfor this"), r"cannot read .* index 7 \(ValueError: too late\)"),
 ]
 
@@ -185,8 +188,10 @@ def test_a_mistake_in_a_worker_is_one_sentence_too() -> None:
 def test_sizes_that_differ_between_pieces_of_a_batch_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fusion.data.loading._PIECE", 1)
-    with pytest.raises(UserError, match="3x4x4 float32 at index 0 and 3x5x4 float32 at index 7"):
+    monkeypatch.setattr("fusion.data.loading._FOREIGN_PIECE", 1)
+    with pytest.raises(
+        UserError, match="an image 3x4x4 float32 at index 0 and 3x5x4 float32 at index 7"
+    ):
         all_of(Odd((torch.zeros(3, 5, 4), 0)), batch_size=10)
 
 
