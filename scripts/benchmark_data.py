@@ -37,6 +37,7 @@ SCALES = (2, 4, 8, 16, 32, 64, 128, 512)  # cells of noise along the longer side
 FALL = 0.65  # amplitude from one scale to the next finer one, about that of natural images
 FIELDS = 6  # noise fields per scale, which photographs combine at random offsets
 QUALITY = 94
+DIFFERENT = 2000  # photographs beyond these are hard links to them
 SAMPLE_SECONDS = 0.1
 MIB = 2**20
 
@@ -161,6 +162,12 @@ def make_photographs(folder: Path, images: int, seed: int) -> None:
     random = np.random.default_rng(seed_from(seed, "photographs"))
     fields = [[field(random, cells) for _ in range(FIELDS)] for cells in SCALES]
     for number in range(images):
+        target = folder / f"class {number % CLASSES}" / f"{number:06d}.jpg"
+        target.parent.mkdir(exist_ok=True)
+        if number >= DIFFERENT:
+            first = number % DIFFERENT
+            target.hardlink_to(folder / f"class {first % CLASSES}" / f"{first:06d}.jpg")
+            continue
         picture = np.zeros((HEIGHT, WIDTH, 3), dtype=np.float32)
         for level, choices in enumerate(fields):
             down, right = random.integers(HEIGHT), random.integers(WIDTH)
@@ -169,8 +176,6 @@ def make_photographs(folder: Path, images: int, seed: int) -> None:
         picture += random.normal(0, 0.5, 3) * np.linspace(-1, 1, WIDTH)[:, None]
         picture += random.normal(0, 0.5, 3) * np.linspace(-1, 1, HEIGHT)[:, None, None]
         pixels = 255 / (1 + np.exp(-1.5 * picture))
-        target = folder / f"class {number % CLASSES}" / f"{number:06d}.jpg"
-        target.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(target, quality=QUALITY)
 
 

@@ -16,6 +16,7 @@ from fusion.errors import UserError, suggestion
 
 # What a torchvision transform of training images looks like from here.
 FileTransform = Callable[[Image.Image], Image.Image | Tensor]
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 _MODES = {1: "L", 3: "RGB"}
 _FILTERS = {method.name.lower(): method for method in Image.Resampling}
@@ -91,14 +92,20 @@ class Decoding:
         """
         try:
             with Image.open(path) as file:
+                size = file.size
+                box: Box = (0.0, 0.0, float(size[0]), float(size[1]))
                 if self.draft and self.image_size is not None:
                     side = _DRAFT_GAP * (self.resize or self.image_size)
-                    file.draft(None, (side, side))
+                    drafted = file.draft(None, (side, side))
+                    box = box if drafted is None else drafted[1]
+                orientation = _orientation(file)
+                box = _upright_box(box, file.size, orientation)
                 image = self._upright(file)
-            # A copy, because torch takes no read-only array.
-            return np.atleast_3d(np.array(self._sized(image), dtype=np.uint8))
         except _UNREADABLE as error:
             raise _unreadable(path, error) from error
+        size = size[::-1] if orientation in _SIDEWAYS else size
+        # A copy, because torch takes no read-only array.
+        return np.atleast_3d(np.array(self._sized(image, size, box), dtype=np.uint8))
 
     def open(self, path: str | Path) -> Image.Image:
         """Return one file upright and in its mode, at its full size.
@@ -123,7 +130,7 @@ class Decoding:
         try:
             with Image.open(path) as file:
                 width, height = file.size
-                if file.getexif().get(_ORIENTATION) in _SIDEWAYS:
+                if _orientation(file) in _SIDEWAYS:
                     width, height = height, width
                 return self.channels, height, width
         except _UNREADABLE as error:
@@ -137,22 +144,49 @@ class Decoding:
         mode = _MODES[self.channels]
         return file if file.mode == mode else file.convert(mode)
 
-    def _sized(self, image: Image.Image) -> Image.Image:
-        method = _FILTERS[self.interpolation]
+    def _sized(self, image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
+        """Resize and crop ``image``, whose part in ``box`` shows a file of ``size``."""
         if self.image_size is None:
             return image
+        method = _FILTERS[self.interpolation]
         if self.resize is None:
-            # `fit` scales the shorter side and crops the rest off both ends of the longer one.
-            return ImageOps.fit(image, (self.image_size, self.image_size), method)
-        short = min(image.size)
-        # torchvision rounds down here, and to even below.
+            side = min(size)
+            left, top = (size[0] - side) / 2, (size[1] - side) / 2
+            across, down = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+            square = (
+                box[0] + left * across,
+                box[1] + top * down,
+                box[0] + (left + side) * across,
+                box[1] + (top + side) * down,
+            )
+            return image.resize((self.image_size, self.image_size), method, box=square)
+        # torchvision rounds the longer side down, and the corner to the nearest even number.
         width, height = (
-            self.resize if side == short else int(self.resize * side / short) for side in image.size
+            self.resize if side == min(size) else int(self.resize * side / min(size))
+            for side in size
         )
-        left = round((width - self.image_size) / 2)
-        top = round((height - self.image_size) / 2)
-        box = (left, top, left + self.image_size, top + self.image_size)
-        return image.resize((width, height), method).crop(box)
+        left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
+        crop = (left, top, left + self.image_size, top + self.image_size)
+        return image.resize((width, height), method, box=box).crop(crop)
+
+
+def _orientation(file: Image.Image) -> int:
+    return int(file.getexif().get(_ORIENTATION, 1))
+
+
+def _upright_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Return where ``box``, from the corner of an image of ``size``, is once that is upright.
+
+    A draft of sides that 8 does not divide has a fraction of a pixel too much on its right and at
+    its bottom; scaled along, it would shift the image.
+    """
+    width, height = size
+    _, _, right, bottom = box
+    across = (width - right, float(width)) if orientation in (2, 3, 7, 8) else (0.0, right)
+    down = (height - bottom, float(height)) if orientation in (3, 4, 6, 7) else (0.0, bottom)
+    if orientation in _SIDEWAYS:
+        across, down = down, across
+    return across[0], down[0], across[1], down[1]
 
 
 def _unreadable(path: str | Path, error: BaseException) -> UserError:

@@ -108,7 +108,7 @@ def _blurred(pixels: Tensor, _: Tensor, *, sigma: float) -> Tensor:
             f"sigma: {sigma} pixels reach {reach} pixels far, the images have "
             f"{pixels.shape[-2]}x{pixels.shape[-1]}; give a smaller sigma"
         )
-    blurred: Tensor = gaussian_blur(pixels, [2 * reach + 1], [sigma])
+    blurred: Tensor = gaussian_blur(pixels, [2 * reach + 1] * 2, [sigma] * 2)
     return blurred
 
 

@@ -101,7 +101,7 @@ def holds_tensors(dataset: Dataset[Any]) -> bool:
 
 
 def read_pair(dataset: Dataset[Any], index: int, *, augment: bool) -> tuple[Tensor, int]:
-    """Return one normalised image and its label.
+    """Return one normalised image, float32, and its label.
 
     Raises:
         UserError: the data set gives something else than a pair of a floating-point tensor and
@@ -121,7 +121,7 @@ def read_pair(dataset: Dataset[Any], index: int, *, augment: bool) -> tuple[Tens
             f"transform that ends in a normalised floating-point tensor"
         )
     try:
-        return image, operator.index(label)
+        return image.to(torch.float32), operator.index(label)
     except TypeError as error:
         raise UserError(
             f"dataset: {name} gives a label of type {_kind(label)} at index {index}; labels are "

@@ -102,19 +102,25 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """Return the images at ``indices``, with the same classes."""
         raise NotImplementedError
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return stored pixels (…, C, H, W) as float32, minus the mean and over the deviation."""
-        if self.mean is None or self.std is None:
-            return images.to(torch.float32)
+    def normalise(self, images: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return stored pixels as float32, minus the mean and over the deviation.
+
+        Args:
+            images: (…, C, H, W) as they are stored.
+            out: float32 tensor of the same shape, on the same device, that takes the result.
+        """
+        if out is None:
+            out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        if self.mean is None:
+            return out.copy_(images)
         factor, offset = self._columns(images.device, images.dtype == torch.uint8)
-        if images.device.type != "cpu" or images.ndim != 4:
-            return images.to(torch.float32).mul(factor).add_(offset)
-        normalised = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-        rows = max(1, _CACHED_NUMBERS // max(1, images[:1].numel()))
+        rows = len(images)
+        if images.device.type == "cpu" and images.ndim == 4:
+            rows = max(1, _CACHED_NUMBERS // max(1, images[:1].numel()))
         for start in range(0, len(images), rows):
             piece = slice(start, start + rows)
-            normalised[piece].copy_(images[piece]).mul_(factor).add_(offset)
-        return normalised
+            out[piece].copy_(images[piece]).mul_(factor).add_(offset)
+        return out
 
     def _columns(self, device: torch.device, bytes_: bool) -> tuple[Tensor, Tensor]:
         """Return what pixels are multiplied by and what is added then, (C, 1, 1) each.

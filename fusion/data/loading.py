@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fusion.data.foreign_images import holds_tensors, read_pair
 from fusion.data.labelled_images import LabelledImages
@@ -23,6 +23,9 @@ from fusion.errors import UserError, first_line
 # workers share a large batch, and what they have read ahead stays small: 2 × 64 photographs of
 # 224×224 take 19 MB a worker.
 _PIECE = 64
+# Of data sets of others, whose pixels are four times as large: a batch up to this is not divided,
+# since to join its pieces would be a copy, and theirs need no other.
+_FOREIGN_PIECE = 128
 _PREFETCH = 2  # pieces a worker reads ahead
 # With "auto", workers start where a pass reads more images than this: half a second or more of
 # decoding, against 0.1 s to start them by fork and 3 s by spawn.
@@ -52,21 +55,31 @@ def loaded(
             data set fails to read one; the sentence names the data set and the index.
     """
     reader = _Reader(dataset, seed=seed, augment=augment)
-    pieces = [[list(piece) for piece in _split(share)] for share in shares]
-    read = _pieces(reader, list(itertools.chain.from_iterable(pieces)), device, workers, world_size)
-    for indices in pieces:
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
-        for own in indices:
-            piece, named = next(read)
-            if images and (piece.shape[1:], piece.dtype) != (images[0].shape[1:], images[0].dtype):
-                raise _differ(dataset, indices[0][0], images[0][0], own[0], piece[0])
-            images.append(piece.to(device, non_blocking=True))
-            labels.append(named.to(device, non_blocking=True))
-        batch = images[0] if len(images) == 1 else torch.cat(images)
-        if isinstance(dataset, LabelledImages):
-            batch = dataset.normalise(batch)
-        yield batch.to(torch.float32), labels[0] if len(labels) == 1 else torch.cat(labels)
+    ours = dataset if isinstance(dataset, LabelledImages) else None
+    size = _PIECE if ours is not None else _FOREIGN_PIECE
+    plan = [[list(share[at : at + size]) for at in range(0, len(share), size)] for share in shares]
+    read = _pieces(reader, list(itertools.chain.from_iterable(plan)), device, workers, world_size)
+    for share, pieces in zip(shares, plan, strict=True):
+        batch: Tensor | None = None
+        labels = torch.empty(len(share), dtype=torch.int64, device=device)
+        for start, indices in zip(range(0, len(share), size), pieces, strict=True):
+            images, named = next(read)
+            labels[start : start + size] = named.to(device, non_blocking=True)
+            images = images.to(device, non_blocking=True)
+            if ours is None and len(pieces) == 1:
+                batch = images.to(torch.float32)  # where the worker put it, without a copy
+                break
+            if batch is None:
+                # Filled in place: pieces joined first would be another copy, which in the end
+                # costs more memory than its size, because it splits the heap.
+                shape = len(share), *images.shape[1:]
+                batch = torch.empty(shape, dtype=torch.float32, device=device)
+            elif batch.shape[1:] != images.shape[1:]:
+                raise _differ(dataset, share[0], batch[0], indices[0], images[0])
+            part = batch[start : start + size]
+            part.copy_(images) if ours is None else ours.normalise(images, out=part)
+        assert batch is not None
+        yield batch, labels
 
 
 def worker_count(dataset: Dataset[Any], images: int, world_size: int = 1) -> int:
@@ -80,10 +93,6 @@ def worker_count(dataset: Dataset[Any], images: int, world_size: int = 1) -> int
     available = getattr(os, "sched_getaffinity", None)  # Linux only; batch systems set it
     cores = len(available(0)) if available is not None else os.cpu_count() or 1
     return max(1, min(cores // world_size, _MOST_WORKERS))
-
-
-def _split(share: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (share[start : start + _PIECE] for start in range(0, len(share), _PIECE))
 
 
 def _pieces(
@@ -155,7 +164,8 @@ class _Reader(Dataset[Any]):
                     raise _differ(self.dataset, indices[0], images[0], index, image)
                 images.append(image)
                 labels.append(label)
-        return torch.stack(images).contiguous(), torch.tensor(labels)
+        # Stacked by torch's own function, which in a worker stacks in shared memory.
+        return default_collate(images).contiguous(), torch.tensor(labels)
 
     def _pair(self, index: int) -> tuple[Tensor, int]:
         dataset = self.dataset
@@ -179,14 +189,11 @@ def _as_it_is(piece: Any) -> Any:
 def _differ(
     dataset: Dataset[Any], first: int, one: Tensor, second: int, other: Tensor
 ) -> UserError:
+    kinds = [f"{'x'.join(map(str, i.shape))} {str(i.dtype)[6:]}" for i in (one, other)]
     return UserError(
-        f"dataset: {_name(dataset)} gives {_kind(one)} at index {first} and {_kind(other)} at "
-        f"index {second}; give it a size, or a transform that ends in images of one size"
+        f"dataset: {_name(dataset)} gives an image {kinds[0]} at index {first} and {kinds[1]} at "
+        f"index {second}; give it a size, or a transform that ends in images of one size and type"
     )
-
-
-def _kind(image: Tensor) -> str:
-    return f"{'x'.join(map(str, image.shape))} {str(image.dtype).removeprefix('torch.')}"
 
 
 def _name(dataset: Dataset[Any]) -> str:
