@@ -25,7 +25,7 @@ from fusion.method import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
 from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
-from fusion.taskpool import BaseTaskPool
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
 
 if TYPE_CHECKING:
@@ -246,12 +246,15 @@ class FusionProgram:
         """Return the run's objects, built once in each process."""
         if self._built is None:
             tasks, tuning = self._taskpool, self._finetune
-            self._built = _Parts(
+            parts = _Parts(
                 _made(self._method, BaseAlgorithm, "method"),
                 _made(self._modelpool, BaseModelPool, "modelpool"),
                 None if tasks is None else _made(tasks, BaseTaskPool, "taskpool"),
                 None if tuning is None else _made(tuning, FineTuning, "finetune"),
             )
+            if isinstance(parts.tasks, ClassificationTaskPool):
+                parts.tasks.preprocessing = parts.pool.preprocessing
+            self._built = parts
         return self._built
 
     def _options(self) -> dict[str, Any]:

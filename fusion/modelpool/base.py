@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fusion.data import Preprocessing
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice, suggestion
 from fusion.labels import LabelSpace
@@ -279,6 +280,11 @@ class BaseModelPool:
 
     # -- data ----------------------------------------------------------------------------------
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the base's weights expect of images; data that does not say otherwise follows."""
+        return self.entry(self.pretrained_or_first_name).preprocessing if self else None
+
     def has_data(self, split: str = "train", name: str | None = None) -> bool:
         """Return whether there is data of a split: of the member ``name``, or of every expert."""
         datasets = self._datasets[split]
@@ -303,7 +309,7 @@ class BaseModelPool:
                 f"'{PRETRAINED}' for all members"
             )
         if is_target(datasets[owner]):
-            datasets[owner] = load_dataset(datasets[owner])
+            datasets[owner] = load_dataset(datasets[owner], self.preprocessing)
         return datasets[owner]
 
     def load_train_dataset(self, name: str) -> Any:

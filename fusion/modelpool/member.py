@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fusion.data import Preprocessing, preprocessing_of
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
@@ -126,6 +127,18 @@ class Entry:
     def fingerprint(self) -> str:
         """A hash of everything that decides the weights, as it was when first asked for."""
         return self.member.fingerprint(self)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the weights expect of images, where torchvision or timm say so.
+
+        Weights are the member's own, or those that it starts from.
+        """
+        spec = self.member.architecture_spec
+        found = None if spec is None else preprocessing_of(spec)
+        if found is None and self.parent is not None:
+            return self.parent.preprocessing
+        return found
 
     def check(self) -> list[str]:
         """Return what is wrong with this member alone, one sentence each, before any work."""

@@ -161,7 +161,7 @@ class TrainedModel(Member):
         if kept is not None:
             written = read_metadata(kept).get("labels")
             return None if written is None else LabelSpace.from_json(written)
-        return LabelSpace.of_dataset(self._data())
+        return LabelSpace.of_dataset(self._data(entry))
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the kept weights, or None while it is not trained."""
@@ -199,6 +199,7 @@ class TrainedModel(Member):
                 "dataset": data_fingerprint(self._dataset),
                 "classes": canonical(self._classes),
                 "init_from": None if parent is None else parent.fingerprint,
+                "preprocessing": canonical(entry.preprocessing),
                 "parent_classes": parent.known.to_json() if parent and parent.known else None,
                 "head": [self._head, canonical(entry.head)],
                 "epochs": self._epochs,
@@ -210,8 +211,8 @@ class TrainedModel(Member):
             default=repr,
         )
 
-    def _data(self) -> Any:
-        data = load_dataset(self._dataset)
+    def _data(self, entry: Entry | None) -> Any:
+        data = load_dataset(self._dataset, None if entry is None else entry.preprocessing)
         return data if self._classes is None else ClassSubset(data, self._classes)
 
     def _trained(self, entry: Entry) -> Path:
@@ -248,7 +249,7 @@ class TrainedModel(Member):
         from lightning.fabric import Fabric
         from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-        data = self._data()
+        data = self._data(entry)
         seed = seed_from(self._seed, entry.name)
         assert self.architecture_spec is not None
         with torch.random.fork_rng(devices=[]):

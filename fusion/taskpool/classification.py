@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusion.data import batches
+from fusion.data import Preprocessing, batches
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice
 from fusion.labels import LabelSpace, joint_space
@@ -53,6 +53,9 @@ class ClassificationTaskPool(BaseTaskPool):
         UserError: an option that has no meaning.
     """
 
+    preprocessing: Preprocessing | None = None
+    """What the weights expect of images; data that does not say otherwise follows."""
+
     def __init__(
         self,
         tasks: Mapping[str, Any],
@@ -83,7 +86,7 @@ class ClassificationTaskPool(BaseTaskPool):
     def load_dataset(self, task: str) -> Any:
         """Return a task's images, built at the first call."""
         if is_target(self._tasks[task]):
-            self._tasks[task] = load_dataset(self._tasks[task])
+            self._tasks[task] = load_dataset(self._tasks[task], self.preprocessing)
         return self._tasks[task]
 
     def classes(self, task: str) -> LabelSpace | None:
