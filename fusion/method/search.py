@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # what is tried where nobody says otherwise
+
+
 class Search(BaseAlgorithm):
     """Run a method with several options and return the best result on validation images.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fusion.data import Preprocessing
+from fusion.data import Preprocessing, label_space
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice, suggestion
 from fusion.labels import LabelSpace
@@ -257,7 +257,7 @@ class BaseModelPool:
             space = self.entry(name).labels()
             for split in SPLITS:
                 if space is None and name in self._datasets[split]:
-                    space = LabelSpace.of_dataset(self.dataset(name, split))
+                    space = label_space(self.dataset(name, split))
             task = self._tasks.get(name)
             self._labels[name] = space if space is None or task is None else space.for_task(task)
         return self._labels[name]

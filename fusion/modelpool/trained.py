@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from fusion.data import ClassSubset, seed_from
+from fusion.data import ClassSubset, label_space, seed_from
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice
 from fusion.files import require_writable_folder
@@ -161,7 +161,7 @@ class TrainedModel(Member):
         if kept is not None:
             written = read_metadata(kept).get("labels")
             return None if written is None else LabelSpace.from_json(written)
-        return LabelSpace.of_dataset(self._data(entry))
+        return label_space(self._data(entry))
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the kept weights, or None while it is not trained."""
@@ -286,7 +286,7 @@ class TrainedModel(Member):
             "architecture": json.dumps(canonical(self.architecture_spec)),
             "history": json.dumps([canonical(epoch) for epoch in history.epochs]),
         }
-        labels = LabelSpace.of_dataset(data)
+        labels = label_space(data)
         if labels is not None:
             metadata["labels"] = labels.to_json()
         return {key: value.cpu() for key, value in model.state_dict().items()}, metadata
