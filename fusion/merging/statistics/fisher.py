@@ -23,6 +23,8 @@ LABELS = ("model", "true")
 EXACT_CLASSES = 10
 # What gradients, their squares and the layers' outputs of a few examples may take.
 _BYTES = 1 << 29
+# With fewer examples at a time, vmap takes longer than one graph after another.
+_FEW_EXAMPLES = 4
 
 
 class FisherDiagonal:
@@ -69,7 +71,7 @@ class FisherDiagonal:
         }
         self._count = 0
         self._generator = torch.Generator().manual_seed(seed_from(seed, "fisher"))
-        self._chunk: int | None = None
+        self._chunk = 0
         self._vectorised = True
 
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -82,9 +84,11 @@ class FisherDiagonal:
         Raises:
             UserError: the network does not return logits, or a label has no output.
         """
+        if not self._parameters:
+            return
         logits = self._logits(images)
         directions, importance = self._targets(logits, labels)
-        chunk = min(self._chunk or 1, len(images))
+        chunk = min(self._chunk, len(images)) if self._vectorised else len(images)
         pieces = (torch.split(x, chunk) for x in (images, directions, importance))
         for some, towards, weights in zip(*pieces, strict=True):
             for key, squares in self._squares(some, towards, weights).items():
@@ -114,7 +118,7 @@ class FisherDiagonal:
             values += output.numel() if isinstance(output, Tensor) else 0
 
         handles = []
-        if self._chunk is None:
+        if not self._chunk:
             leaves = [module for module in self._network.modules() if is_leaf(module)]
             handles = [module.register_forward_hook(count) for module in leaves]
         try:
@@ -129,11 +133,12 @@ class FisherDiagonal:
                 f"{type(self._network).__name__} returns {what} for {len(images)} images; use a "
                 f"rule that needs no gradients"
             )
-        if self._chunk is None:
+        if not self._chunk:
             size = sum(p.numel() for p in self._parameters.values())
             width = max(t.element_size() for t in self._parameters.values())
             each = width * (3 * size + 2 * values // len(images))
             self._chunk = max(1, self._limit // each)
+            self._vectorised = self._chunk >= _FEW_EXAMPLES
         return logits
 
     def _targets(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -176,11 +181,7 @@ class FisherDiagonal:
                     first_line(error),
                 )
                 self._vectorised = False
-        total: dict[str, Tensor] = {}
-        for image, towards, weight in zip(images, directions, weights, strict=True):
-            for key, squares in self._of_one_alone(image, towards, weight).items():
-                total[key] = total[key] + squares if key in total else squares
-        return total
+        return self._one_after_another(images, directions, weights)
 
     def _of_one(
         self, parameters: dict[str, Tensor], image: Tensor, directions: Tensor, weights: Tensor
@@ -199,22 +200,23 @@ class FisherDiagonal:
                 total[key] = total[key] + squares if key in total else squares
         return total
 
-    def _of_one_alone(
-        self, image: Tensor, directions: Tensor, weights: Tensor
+    def _one_after_another(
+        self, images: Tensor, directions: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
-        """Return the same through a graph of its own."""
-        leaves = {key: t.clone().requires_grad_() for key, t in self._parameters.items()}
-        with torch.enable_grad():
-            logits = functional_call(self._network, {**self._others, **leaves}, (image[None],))
-            chosen = directions @ logits[0].log_softmax(-1)
+        """Return the same, summed over examples, through a graph for each of them."""
+        leaves = {key: t.detach().requires_grad_() for key, t in self._parameters.items()}
         total = {key: torch.zeros_like(tensor) for key, tensor in self._parameters.items()}
-        for value, weight in zip(chosen, weights, strict=True):
-            gradients = torch.autograd.grad(
-                value, list(leaves.values()), retain_graph=True, allow_unused=True
-            )
-            for key, gradient in zip(leaves, gradients, strict=True):
-                if gradient is not None:
-                    total[key] += weight * gradient.square()
+        for image, towards, shares in zip(images, directions, weights, strict=True):
+            with torch.enable_grad():
+                logits = functional_call(self._network, {**self._others, **leaves}, (image[None],))
+                chosen = towards @ logits[0].log_softmax(-1)
+            for value, share in zip(chosen, shares, strict=True):
+                gradients = torch.autograd.grad(
+                    value, list(leaves.values()), retain_graph=True, allow_unused=True
+                )
+                for key, gradient in zip(leaves, gradients, strict=True):
+                    if gradient is not None:
+                        total[key].addcmul_(share * gradient, gradient)
         return total
 
 
