@@ -93,7 +93,7 @@ def collected(
         raise UserError("images: there is none, and statistics take at least one")
     for name, each in gathering.items():
         for key, statistic in each.finished():
-            if not bool(statistic.isfinite().all()):
+            if not bool(statistic.sum().isfinite()):
                 raise UserError(
                     f"the statistic '{name}' of '{key}' is not finite: activations or gradients "
                     f"overflow on these images; check how they are normalised"

@@ -11,6 +11,7 @@ the input falls into phases, and pairs share products where their phases agree, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,10 @@ class _Pairs:
     pairs: tuple[tuple[int, int, range], ...]
 
 
+_Copy = tuple[int, tuple[slice, ...]]
+"""A phase of the first axis, and a part of the others."""
+
+
 @dataclass(frozen=True)
 class _Operand:
     """A box of the input: rows ``start`` to ``stop`` of a phase of the first axis, and the rest."""
@@ -49,9 +54,9 @@ class _Operand:
     others: tuple[slice, ...]
 
     @property
-    def copy(self) -> tuple[object, ...]:
+    def copy(self) -> _Copy:
         """Operands of one copy are rows of the same contiguous tensor."""
-        return self.phase, *((s.start, s.stop, s.step) for s in self.others)
+        return self.phase, self.others
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,12 @@ class _Cell:
     left: _Operand | None
     right: _Operand | None
     symmetric: bool
+
+    @property
+    def copies(self) -> list[_Copy]:
+        """What the operands are rows of: at most two copies."""
+        both = [operand.copy for operand in (self.left, self.right) if operand is not None]
+        return both if both[:1] != both[1:] else both[:1]
 
 
 class ShiftedProducts:
@@ -90,6 +101,10 @@ class ShiftedProducts:
         self._cells: list[_Cell] = []
         self._blocks: list[tuple[int, int, list[int], bool]] = []
         self._plan()
+        # Cells of the same copies follow each other.
+        self._order = sorted(
+            range(len(self._cells)), key=lambda n: sorted(map(str, self._cells[n].copies))
+        )
         empty = {"dtype": torch.float64, "device": device}
         self._sums = [torch.zeros(groups, channels, channels, **empty) for _ in self._cells]  # type: ignore[call-overload]
         self._inputs = torch.zeros(groups, *(axis.size for axis in axes), channels, **empty)  # type: ignore[call-overload]
@@ -112,7 +127,7 @@ class ShiftedProducts:
         total: Tensor = self._inputs.new_zeros(self._groups, size, size)
         blocks = torch.unflatten(torch.unflatten(total[:, :-1, :-1], 2, (-1, taps)), 1, (-1, taps))
         for first, second, cells, symmetric in self._blocks:
-            block = torch.stack([self._sums[cell] for cell in cells]).sum(0)
+            block = sum((self._sums[cell] for cell in cells[1:]), start=self._sums[cells[0]])
             block = mirrored(block) if symmetric else block
             blocks[:, :, first, :, second] = block
             blocks[:, :, second, :, first] = block.mT
@@ -129,7 +144,7 @@ class ShiftedProducts:
 
     @property
     def products(self) -> float:
-        """Multiplications and additions for one image, in units of c² for each group."""
+        """Multiply-adds for one image, in units of g · c²."""
         count = 0.0
         for cell in self._cells:
             rows = 1 if cell.left is None else cell.left.stop - cell.left.start
@@ -141,33 +156,38 @@ class ShiftedProducts:
     def _add(self, laid: Tensor) -> None:
         """Add the patches of (g, *sizes, n, c)."""
         self._inputs.add_(laid.sum(-2))
-        copies: dict[tuple[object, ...], Tensor] = {}
+        copies: list[tuple[_Copy, Tensor]] = []  # at most two, of which several cells are made
 
         def rows(operand: _Operand | None) -> Tensor:
             if operand is None:
                 return laid
-            if operand.copy not in copies:
-                step = self._axes[0].stride
-                where = (slice(None), slice(operand.phase, None, step), *operand.others)
-                copies[operand.copy] = laid[where].contiguous()
-            return copies[operand.copy][:, operand.start : operand.stop].flatten(1, -2)
+            copy = next(tensor for key, tensor in copies if key == operand.copy)
+            return copy[:, operand.start : operand.stop].flatten(1, -2)
 
-        for cell, total in zip(self._cells, self._sums, strict=True):
+        for number in self._order:
+            cell, total = self._cells[number], self._sums[number]
+            copies = [kept for kept in copies if kept[0] in cell.copies]
+            there = [key for key, _ in copies]
+            copies += [(key, self._copied(laid, key)) for key in cell.copies if key not in there]
             if cell.symmetric:
                 add_symmetric_product(total, rows(cell.left))
             else:
                 total.add_(rows(cell.left).mT @ rows(cell.right))
 
+    def _copied(self, laid: Tensor, copy: _Copy) -> Tensor:
+        phase, others = copy
+        where = (slice(None), slice(phase, None, self._axes[0].stride), *others)
+        return laid[where].contiguous()
+
     def _copied_values(self) -> int:
-        """Return how many values of an image are copied: 5 times its own for a 3×3 kernel."""
-        copies = {o.copy: o for cell in self._cells for o in (cell.left, cell.right) if o}
-        count = 0
-        for operand in copies.values():
-            values = self._groups * self._channels * -(-self._axes[0].size // self._axes[0].stride)
-            for part in operand.others:
-                values *= len(range(part.start, part.stop, part.step))
-            count += values
-        return count
+        """Return how many values of an image are copied at a time."""
+
+        def values(copy: _Copy) -> int:
+            rows = -(-self._axes[0].size // self._axes[0].stride)
+            across = [len(range(part.start, part.stop, part.step)) for part in copy[1]]
+            return self._groups * self._channels * rows * math.prod(across)
+
+        return max((sum(map(values, cell.copies)) for cell in self._cells), default=0)
 
     def _plan(self) -> None:
         """Find the cells, and which of them each pair of kernel positions sums over."""
