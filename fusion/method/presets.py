@@ -19,7 +19,7 @@ from fusion.target import build, locate
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARXIV = re.compile(r"arXiv[ :]*(\d{4}\.\d{4,5})")
+_ARXIV = re.compile(r"arXiv[\s:]*(\d{4}\.\d{4,5})")
 # What the same option is called elsewhere: FusionBench, mergekit.
 ELSEWHERE = {
     "scaling_factor": "scale",
