@@ -3,7 +3,7 @@
 One factor is varied at a time around LERP, ranked by the experts' SNR, with recalibrated batch
 norm; the controls are the base as it is, the base with recalibrated batch norm, random selection,
 the full merge, and joint fine-tuning of the base on all classes with the experts' budget of
-images. The table of the README is what this prints:
+images. The tables of docs/selection.md are what this prints:
 
     .venv/bin/python scripts/selection_table.py --seeds 5
     .venv/bin/python scripts/selection_table.py --pool cifar10_folder --seeds 3 \
