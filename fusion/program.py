@@ -23,10 +23,12 @@ from fusion.figures.accuracy_table import accuracy_table
 from fusion.files import write_text
 from fusion.method import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
+from fusion.options import FilePath, Seed, checked
 from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
+from fusion.training.devices import FABRIC, make_fabric
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -80,6 +82,7 @@ class FusionProgram:
         choices: what was chosen by name (method, modelpool, …), for the report.
     """
 
+    @checked
     def __init__(
         self,
         *,
@@ -88,11 +91,11 @@ class FusionProgram:
         taskpool: BaseTaskPool | Mapping[str, Any] | None = None,
         finetune: FineTuning | Mapping[str, Any] | None = None,
         fabric: Fabric | Mapping[str, Any] | None = None,
-        output_path: str | Path,
-        seed: int = 0,
+        output_path: FilePath,
+        seed: Seed = 0,
         dry_run: bool = False,
-        report_save_path: str | Path | None = None,
-        merged_model_save_path: str | Path | None = None,
+        report_save_path: FilePath | None = None,
+        merged_model_save_path: FilePath | None = None,
         overwrite: bool = False,
         config: str | None = None,
         choices: Mapping[str, Any] | None = None,
@@ -285,7 +288,9 @@ class FusionProgram:
             options["loggers"] = build_nested(loggers) or None
         if str(options.get("devices", 1)) != "1" and options.get("strategy", "auto") == "auto":
             options["strategy"] = "ddp_spawn"
-        return _fabric(str(self._fabric.get("_target_", "lightning.fabric.Fabric")), options)
+        return make_fabric(
+            options, target=str(self._fabric.get("_target_", FABRIC)), prefix="fabric."
+        )
 
 
 def _moved(value: Any, source: str, target: str) -> Any:
@@ -293,17 +298,6 @@ def _moved(value: Any, source: str, target: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, source, target) for key, item in value.items()}
     return target if value == source else value
-
-
-def _fabric(target: str, options: Mapping[str, Any]) -> Fabric:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        made: Fabric = build({"_target_": target, "_recursive_": False, **options})
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        shown = ", ".join(f"fabric.{key}={value}" for key, value in options.items() if value)
-        raise UserError(f"Lightning Fabric refuses {shown}: {error}") from error
-    return made
 
 
 def _made(value: Any, kind: type, option: str) -> Any:

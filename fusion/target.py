@@ -14,21 +14,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import numbers
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from fusion.annotations import annotations_of
 from fusion.errors import UserError, suggestion
+from fusion.options import check_option
 
-_KINDS: dict[str, type] = {
-    "None": type(None),
-    "bool": bool,
-    "int": numbers.Integral,
-    "float": numbers.Real,
-    "str": str,
-    "Path": Path,
-}
 _WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 
@@ -116,9 +108,11 @@ def check_options(
 ) -> None:
     """Check that ``target`` can be called with ``args`` and ``options``; ``where`` names it.
 
+    An option that is still a mapping with ``_target_`` is taken for what it would build.
+
     Raises:
         UserError: an option that the signature does not have (with the nearest that it has), a
-            required one that is missing, or text where the signature says a number.
+            required one that is missing, or a value that is not what its annotation says.
     """
     try:
         signature = inspect.signature(target)
@@ -139,21 +133,8 @@ def check_options(
         (signature.bind_partial if partial else signature.bind)(*args, **options)
     except TypeError as error:
         raise UserError(f"{where}: {error}") from error
+    annotations = annotations_of(target)
     for option, value in options.items():
-        if option in parameters:
-            _check_kind(parameters[option].annotation, where, option, value)
-
-
-def _check_kind(annotation: object, where: str, option: str, value: object) -> None:
-    """Check a value against an annotation made of plain kinds, such as ``float | None``."""
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    kinds = text.split(" | ")
-    if not set(kinds) <= _KINDS.keys():
-        return
-    accepted = tuple(_KINDS[kind] for kind in kinds)
-    if isinstance(value, bool) and "bool" not in kinds:  # Python counts True as a number
-        accepted = (str,) if "str" in kinds else ()
-    if not isinstance(value, accepted):
-        raise UserError(
-            f"{where}: {option} is {value!r}, which is no {text.replace(' | ', ' or ')}"
-        )
+        if option in parameters and not is_target(value):
+            owner = where.rpartition(".")[2]
+            check_option(owner, parameters[option], annotations[option], value)

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
-from fusion.merging.alignment import ALIGNMENTS, AlignmentStage
+from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
+from fusion.merging.heads import HeadChoice, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.tensors import merge_parameters, separate_parameters
@@ -22,6 +22,7 @@ from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import MultiTaskNetwork
+from fusion.options import ImageShape, SampleSize, Seed, checked
 from fusion.weights import normalised_weights
 
 log = logging.getLogger(__name__)
@@ -81,29 +82,21 @@ class Merge(BaseAlgorithm):
     without_alignment: ClassVar[str] = "align=null"
     """The option that switches alignment off; empty where alignment is the method."""
 
+    @checked
     def __init__(
         self,
         *,
         rule: Rule,
         weights: Sequence[float] | Mapping[str, float] | None = None,
-        align: str | None = None,
-        head: str = "auto",
-        batch_norm: str = "auto",
-        calibration_images: int = 2000,
-        batch_size: int = 128,
-        example_input: Sequence[int] | None = None,
+        align: AlignBy | None = None,
+        head: HeadChoice = "auto",
+        batch_norm: bn.Treatment = "auto",
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not isinstance(rule, Rule):
-            raise UserError(
-                f"rule must be a fusion.merging.Rule, not a {type(rule).__name__}; name its class "
-                f"as method.rule._target_"
-            )
-        check_choice("head", head, HEADS)
-        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
-        if align is not None:
-            check_choice("align", align, ALIGNMENTS)
         self.rule = rule
         self.weights = weights
         self.head = head

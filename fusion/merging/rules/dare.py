@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_density
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
+from fusion.options import Fraction, checked
 from fusion.weights.random_mask import random_mask
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Dare(Rule):
     r"""Another rule on task vectors most of whose entries are dropped and the rest rescaled.
@@ -54,10 +55,7 @@ class Dare(Rule):
     """
 
     rule: Rule = field(default_factory=TaskArithmetic)
-    density: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_density("Dare.density", self.density)
+    density: Fraction = 0.1
 
     @property
     def needs(self) -> frozenset[Need]:

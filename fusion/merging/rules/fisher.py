@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_number
+from fusion.options import Positive, checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Fisher(Rule):
     r"""The mean of the experts, each entry weighted by the diagonal of the Fisher information.
@@ -51,15 +52,12 @@ class Fisher(Rule):
         tensor([3., 1.])
     """
 
-    floor: float = 1e-6
+    floor: Positive = 1e-6
     normalise: bool = True
 
     needs = frozenset({Need.IMAGES, Need.GRADIENTS})
     statistics = frozenset({"fisher"})
     elementwise = True
-
-    def __post_init__(self) -> None:
-        require_number("Fisher.floor", self.floor, above=0)
 
     def prepare(self, pieces: Pieces) -> tuple[float, ...]:
         """Return what each expert's Fisher is divided by."""

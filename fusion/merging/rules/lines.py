@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule, mean_of_experts
-from fusion.merging.rules.options import require_number
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
+from fusion.options import NonNegative, checked
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class _Slope:
     inner: Any
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LiNeS(Rule):
     r"""Another rule whose merged change grows linearly with the depth of the layer.
@@ -62,13 +63,8 @@ class LiNeS(Rule):
     """
 
     rule: Rule = field(default_factory=lambda: TaskArithmetic(scale=1.0))
-    alpha: float | None = None
+    alpha: NonNegative | None = None
     beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None:
-            require_number("LiNeS.alpha", self.alpha, least=0)
-        require_number("LiNeS.beta", self.beta)
 
     @property
     def needs(self) -> frozenset[Need]:
