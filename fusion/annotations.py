@@ -254,10 +254,8 @@ def _phrases(annotation: Any, value: object, *, several: bool) -> list[str]:
     kind = origin or annotation
     if kind in _SEQUENCES:
         inside = [] if not args or args[0] is Any else _phrases(args[0], value, several=True)
-        return [
-            ("lists" if several else "a list")
-            + (f" of {' or '.join(dict.fromkeys(inside))}" if inside else "")
-        ]
+        entries = f" of {' or '.join(dict.fromkeys(inside))}" if inside else ""
+        return [("lists" if several else "a list") + entries]
     if kind in _MAPPINGS:
         inside = [] if not args or args[1] is Any else _phrases(args[1], value, several=True)
         entries = f" of names to {' or '.join(dict.fromkeys(inside))}" if inside else ""

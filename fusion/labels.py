@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fusion.errors import UserError
 
@@ -71,20 +70,6 @@ class LabelSpace:
         raise UserError(
             f"classes mixes kinds in {_listed(classes)}; give names only, or original labels only"
         )
-
-    @classmethod
-    def of_dataset(cls, dataset: Any) -> LabelSpace | None:
-        """Return the classes that a data set says it has, or ``None`` where it says nothing.
-
-        Read are ``class_names`` and ``original_labels``, or torchvision's ``classes``.
-        """
-        names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-        labels = getattr(dataset, "original_labels", None)
-        if names:
-            names = tuple(str(name) for name in names)
-            labels = tuple(range(len(names))) if labels is None else tuple(labels)
-            return cls(labels, names)
-        return None if labels is None else cls(tuple(labels))
 
     def __len__(self) -> int:
         """Return the number of classes."""

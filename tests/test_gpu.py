@@ -7,8 +7,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fusion.alignment import align, apply_permutation, permutation_spec, random_permutation
-from fusion.data import batches
-from fusion.labels import LabelSpace
+from fusion.data import batches, label_space
 from fusion.method.presets import algorithm, method_names
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork
@@ -55,7 +54,7 @@ def test_statistics_and_scores_agree(base, train_digits, test_digits) -> None:
     recalibrate_batch_norm(cpu, train_digits, images=300)
     recalibrate_batch_norm(gpu, train_digits, images=300, device="cuda")
     torch.testing.assert_close(gpu.bn1.running_var, cpu.bn1.running_var, rtol=1e-4, atol=1e-5)
-    labels = LabelSpace.of_dataset(test_digits)
+    labels = label_space(test_digits)
     scores = []
     for device in ("cpu", "gpu"):
         tasks = ClassificationTaskPool({"digits": test_digits})

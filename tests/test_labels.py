@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusion.data import ClassSubset, digits, grouped
+from fusion.data import ClassSubset, digits, grouped, label_space
 from fusion.errors import UserError
 from fusion.labels import LabelSpace, joint_space
 
@@ -39,14 +39,14 @@ def test_a_space_of_names_and_one_of_labels_are_not_comparable() -> None:
 
 def test_a_data_set_says_what_its_classes_are() -> None:
     data = digits("val")
-    assert LabelSpace.of_dataset(data) == LabelSpace(tuple(range(10)), tuple(map(str, range(10))))
-    part = LabelSpace.of_dataset(ClassSubset(data, [7, 2]))
+    assert label_space(data) == LabelSpace(tuple(range(10)), tuple(map(str, range(10))))
+    part = label_space(ClassSubset(data, [7, 2]))
     assert part == LabelSpace((7, 2), ("7", "2"))
-    parity = LabelSpace.of_dataset(grouped(data, {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}))
+    parity = label_space(grouped(data, {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}))
     assert parity is not None
     assert parity.names == ("even", "odd")
     assert parity.is_disjoint(part)
-    assert LabelSpace.of_dataset([1, 2]) is None
+    assert label_space([1, 2]) is None
 
 
 def test_the_joint_space_has_the_classes_of_all_tasks() -> None:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 Colour = Literal["red", "green"]
 
 
+ODD: Any = None  # a default that is not what its annotation says, as in much foreign code
+
+
 class Weights(Enum):
     DEFAULT = 1
 
@@ -119,7 +122,7 @@ def test_what_it_does_not_is_told_with_the_value_and_the_cure(value, annotation,
 
 
 @checked
-def paint(colour: Colour, /, *more: int, share: Share = 0.5, odd: int = None, ghost: Ghost = 3):  # type: ignore[assignment]
+def paint(colour: Colour, /, *more: int, share: Share = 0.5, odd: int = ODD, ghost: Ghost = 3):
     return colour, more, share, odd, ghost
 
 
@@ -127,7 +130,7 @@ def test_a_function_is_held_to_its_annotations() -> None:
     assert paint("red", 1, 2, share=1) == ("red", (1, 2), 1, None, 3)
     assert paint("red", odd=None) == ("red", (), 0.5, None, 3)  # the default is always right
     assert paint("red", ghost="anything")[-1] == "anything"  # imported for type checkers only
-    with pytest.raises(UserError, match="paint.colour is 'rad'; give red or green; did you mean"):
+    with pytest.raises(UserError, match=r"paint\.colour is 'rad'; give red or green; did you"):
         paint("rad")
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         paint()
@@ -151,17 +154,15 @@ def test_a_data_class_is_held_to_its_fields_and_so_is_what_inherits_it() -> None
             maker(share=2)
 
 
-def test_python_and_yaml_say_the_same() -> None:
-    for kind, option, value in ((SNRSelectiveMerge, "top_p", 2), (Ties, "density", 0)):
-        sentences = set()
-        for make in (
-            lambda: kind(**{option: value}),
-            lambda: build({"_target_": f"{kind.__module__}.{kind.__name__}", option: value}),
-        ):
-            with pytest.raises(UserError) as caught:
-                make()
-            sentences.add(str(caught.value))
-        assert len(sentences) == 1
+@pytest.mark.parametrize(
+    ("kind", "option", "value"), [(SNRSelectiveMerge, "top_p", 2), (Ties, "density", 0)]
+)
+def test_python_and_yaml_say_the_same(kind, option, value) -> None:
+    with pytest.raises(UserError) as from_python:
+        kind(**{option: value})
+    with pytest.raises(UserError) as from_yaml:
+        build({"_target_": f"{kind.__module__}.{kind.__name__}", option: value})
+    assert str(from_python.value) == str(from_yaml.value)
 
 
 def modules() -> Iterator[Any]:

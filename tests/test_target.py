@@ -114,7 +114,7 @@ def test_an_option_that_is_not_built_yet_is_taken_for_what_it_would_be() -> None
     def takes(*, inside: collections.OrderedDict) -> None: ...
 
     check_options(takes, "where", (), {"inside": {"_target_": "collections.OrderedDict"}})
-    with pytest.raises(UserError, match="where.inside is 3; give an OrderedDict, or a mapping"):
+    with pytest.raises(UserError, match=r"where\.inside is 3; give an OrderedDict, or"):
         check_options(takes, "where", (), {"inside": 3})
 
 

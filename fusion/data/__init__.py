@@ -10,7 +10,7 @@ from fusion.data.image_files import ImageFiles
 from fusion.data.image_tensors import ImageTensors
 from fusion.data.joining import concat
 from fusion.data.labelled_images import RGB_MEAN, RGB_STD, LabelledImages
-from fusion.data.labels import class_names_of, labels_of
+from fusion.data.labels import class_names_of, label_space, labels_of
 from fusion.data.preprocessing import Preprocessing, preprocessing_of
 from fusion.data.scikit_digits import digits
 from fusion.data.seeds import seed_from
@@ -41,6 +41,7 @@ __all__ = [
     "grouped",
     "image_folder",
     "inverted",
+    "label_space",
     "labels_of",
     "noisy",
     "number_of_batches",

@@ -58,8 +58,8 @@ def batches(
         drop_last: leave out a last batch that is not full, unless it is the only one.
         workers: processes that read a data set that is not ``ImageTensors``. ``auto``: none for
             data sets that hold tensors and for passes of up to 256 images, otherwise as many as
-            this process has cores, 16 at most; the first images are read before they start, so
-            that asking for one batch starts none.
+            this process has cores, 16 at most; the first 64 images are read before they start,
+            so that asking for one small batch starts none.
 
     Returns:
         An iterator of (images float32 (n, C, H, W), labels int64 (n,)) on ``device``.

@@ -13,7 +13,9 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 from tqdm import tqdm
 
 from fusion.data.randomness import own_random_numbers
+from fusion.data.seeds import seed_from
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,29 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...] | None:
         if isinstance(found, Sequence) and not isinstance(found, str) and len(found):
             return tuple(n if isinstance(n, str) else ", ".join(map(str, n)) for n in found)
     return None
+
+
+def label_space(dataset: Any) -> LabelSpace | None:
+    """Return the classes that a data set says it has, or ``None`` where it says nothing.
+
+    Read are ``class_names`` and ``original_labels``, or torchvision's ``classes``; torch's
+    ``Subset`` and ``ConcatDataset`` are looked through.
+    """
+    names = class_names_of(dataset)
+    if names is not None:
+        return LabelSpace(original_labels_of(dataset, len(names)), names)
+    labels = getattr(dataset, "original_labels", None)
+    return None if labels is None else LabelSpace(tuple(labels))
+
+
+def new_labels(class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return original labels for classes that are made up, such as groups of other classes.
+
+    They are consecutive numbers, far from those of any real data set: where classes are told apart
+    by number because nobody knows names, those of two tasks must not meet by chance.
+    """
+    start = seed_from("classes", *class_names) // 2  # room for the numbers after it
+    return tuple(range(start, start + len(class_names)))
 
 
 def original_labels_of(dataset: Dataset[Any], classes: int) -> tuple[int, ...]:

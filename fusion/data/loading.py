@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import current_process
 from typing import Any, Literal
 
 import torch
@@ -85,10 +86,11 @@ def loaded(
 def worker_count(dataset: Dataset[Any], images: int, world_size: int = 1) -> int:
     """Return how many workers ``workers="auto"`` means.
 
-    None for data sets that hold tensors and for passes of up to 256 images; otherwise this
-    process's share of the processor's cores, 16 at most.
+    None for data sets that hold tensors, for passes of up to 256 images, and in daemonic
+    processes, which may have no children; otherwise this process's share of the processor's
+    cores, 16 at most.
     """
-    if images <= _WORTH_WORKERS or holds_tensors(dataset):
+    if images <= _WORTH_WORKERS or holds_tensors(dataset) or current_process().daemon:
         return 0
     available = getattr(os, "sched_getaffinity", None)  # Linux only; batch systems set it
     cores = len(available(0)) if available is not None else os.cpu_count() or 1

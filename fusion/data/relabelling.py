@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from fusion.data import label_space
 from fusion.data.foreign_images import as_labelled
 from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import LabelledImages
@@ -34,7 +35,7 @@ def in_label_space(datasets: Sequence[Dataset[Any]], labels: LabelSpace) -> Data
     present: set[int] = set()
     for dataset in datasets:
         images = as_labelled(dataset)
-        known = LabelSpace.of_dataset(dataset)
+        known = label_space(dataset)
         if known is None:
             raise UserError(
                 f"{images!r} does not name its classes, so its labels cannot be matched with "

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from fusion.data.class_subset import class_name, label_of, merge_labels
 from fusion.data.foreign_images import as_labelled
 from fusion.data.labelled_images import LabelledImages
+from fusion.data.labels import new_labels
 from fusion.data.seeds import seed_from
 from fusion.data.view import changed, part
 from fusion.errors import UserError
@@ -30,8 +31,7 @@ def grouped(
 ) -> LabelledImages:
     """Return the images under coarser labels, such as even and odd digits.
 
-    The groups are classes of their own: their original labels count from 0 and say nothing of
-    the classes that they are made of.
+    The groups are classes of their own, with original labels that no other classes have.
 
     Args:
         dataset: the images.
@@ -55,7 +55,7 @@ def grouped(
     empty = [name for number, name in enumerate(groups) if number not in present]
     if empty:
         raise UserError(f"groups: {images!r} has no images for the groups {empty}; leave them out")
-    return part(images, indices, labels, list(groups), range(len(groups)))
+    return part(images, indices, labels, list(groups), new_labels(list(groups)))
 
 
 @checked

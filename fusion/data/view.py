@@ -13,6 +13,7 @@ from fusion.data.augmentation import Augmentation
 from fusion.data.foreign_images import as_labelled
 from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import LabelledImages
+from fusion.data.labels import new_labels
 from fusion.errors import UserError
 
 # Changes pixels (N, C, H, W) in 0..1, given their numbers (N,) in the set that is viewed.
@@ -164,7 +165,7 @@ def changed(
         augmentation: instead of the set's own :class:`Augmentation`.
     """
     names = dataset.class_names if class_names is None else class_names
-    originals = dataset.original_labels if class_names is None else range(len(class_names))
+    originals = dataset.original_labels if class_names is None else new_labels(class_names)
     labels = dataset.labels if labels is None else labels
     augmentation = augmentation or last_augmentation(dataset)
     if isinstance(dataset, ImageTensors):

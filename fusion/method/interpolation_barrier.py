@@ -23,6 +23,7 @@ from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
 from fusion.options import NON_EMPTY, SampleSize, Seed, Within, checked
 from fusion.taskpool import ClassificationTaskPool
+from fusion.weights import tensors_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,7 +173,7 @@ class InterpolationBarrier(BaseAlgorithm):
         weights = [1 - t, t]
         between = mean_network(
             first,
-            [first.state_dict(), second.state_dict()],
+            [tensors_of(first), tensors_of(second)],
             weights,
             statistics="merge" if treatment == "merge" else "interpolate",
         )

@@ -21,6 +21,7 @@ from fusion.merging.tensors import merge_parameters, separate_parameters
 from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
+from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
 from fusion.options import ImageShape, SampleSize, Seed, checked
 from fusion.weights import normalised_weights
@@ -166,6 +167,8 @@ class Merge(BaseAlgorithm):
             )
         self._check_needs(modelpool)
         modelpool.preflight()
+        for name in modelpool.model_names:
+            require_mergeable(name, modelpool.architecture(name))
         self.shares(modelpool.model_names)
         plan_heads(modelpool, self.head)
         model = modelpool.architecture(modelpool.pretrained_or_first_name)

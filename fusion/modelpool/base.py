@@ -10,18 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fusion.data import Preprocessing
+from fusion.data import Preprocessing, label_space
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice, suggestion
 from fusion.labels import LabelSpace
 from fusion.modelpool.member import Entry, Member, ModuleMember, as_member
 from fusion.modelpool.network_file import save_network
 from fusion.modelpool.preflight import check_alike, check_entries, check_finite, raise_all
+from fusion.modelpool.soundness import require_sound, unwrapped
 from fusion.models import Head, find_head
 from fusion.models.forward_pass import is_traceable
 from fusion.options import Classes, Names, TargetMapping, Text, checked
 from fusion.target import is_target
-from fusion.weights import TensorSource
+from fusion.weights import TensorSource, tensors_of
 
 PRETRAINED = "_pretrained_"
 SPLITS = ("train", "val", "test")
@@ -139,8 +140,9 @@ class BaseModelPool:
         Raises:
             UserError: there is none, it cannot be built, or a weight of it is not finite.
         """
-        model = self.entry(name).build()
-        self._require_finite(name, model.state_dict())
+        model = unwrapped(self.entry(name).build())
+        require_sound(name, model)
+        self._require_finite(name, tensors_of(model))
         return model
 
     def load_pretrained_model(self) -> nn.Module:
@@ -260,7 +262,7 @@ class BaseModelPool:
             space = self.entry(name).labels()
             for split in SPLITS:
                 if space is None and name in self._datasets[split]:
-                    space = LabelSpace.of_dataset(self.dataset(name, split))
+                    space = label_space(self.dataset(name, split))
             task = self._tasks.get(name)
             self._labels[name] = space if space is None or task is None else space.for_task(task)
         return self._labels[name]

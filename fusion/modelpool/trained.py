@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from fusion.data import ClassSubset, seed_from
+from fusion.data import ClassSubset, label_space, seed_from
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError
 from fusion.files import require_writable_folder
@@ -48,8 +48,10 @@ from fusion.weights import (
     SafetensorsSource,
     TensorSource,
     load_safetensors,
+    load_tensors,
     read_metadata,
     save_safetensors,
+    tensors_of,
 )
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class TrainedModel(Member):
                 require_writable_folder(self._cache_dir, "cache_dir")
                 self._fabric()
                 if entry.parent is not None:
-                    self._inherited(entry, entry.parent.architecture().state_dict(), on_meta)
+                    self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
         except UserError as error:
             lines.append(f"model '{entry.name}': {error}")
         return lines
@@ -160,7 +162,7 @@ class TrainedModel(Member):
         assert self.architecture_spec is not None
         with WithoutRandomValues():
             model = build_architecture(self.architecture_spec)
-        model.load_state_dict(load_safetensors(self._trained(self._placed(entry))))
+        load_tensors(model, load_safetensors(self._trained(self._placed(entry))))
         return model
 
     def labels(self, entry: Entry | None = None) -> LabelSpace | None:
@@ -169,7 +171,7 @@ class TrainedModel(Member):
         if kept is not None:
             written = read_metadata(kept).get("labels")
             return None if written is None else LabelSpace.from_json(written)
-        return LabelSpace.of_dataset(self._data(entry))
+        return label_space(self._data(entry))
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the kept weights, or None while it is not trained."""
@@ -261,8 +263,8 @@ class TrainedModel(Member):
             torch.manual_seed(seed)
             model = build_architecture(self.architecture_spec)
         if entry.parent is not None:
-            parent = entry.parent.build().state_dict()
-            model.load_state_dict(self._inherited(entry, parent, lambda _: model))
+            parent = tensors_of(entry.parent.build())
+            load_tensors(model, self._inherited(entry, parent, lambda _: model))
         history = fit(
             model,
             data,
@@ -284,10 +286,10 @@ class TrainedModel(Member):
             "architecture": json.dumps(canonical(self.architecture_spec)),
             "history": json.dumps([canonical(epoch) for epoch in history.epochs]),
         }
-        labels = LabelSpace.of_dataset(data)
+        labels = label_space(data)
         if labels is not None:
             metadata["labels"] = labels.to_json()
-        return {key: value.cpu() for key, value in model.state_dict().items()}, metadata
+        return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
     def _fabric(self) -> Fabric:
         """Return one process of its own, whatever the run uses: the recipe decides the weights."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fusion.data import Preprocessing, batches
+from fusion.data import Preprocessing, batches, label_space, labels_of
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError
 from fusion.labels import LabelSpace, joint_space
@@ -89,7 +89,7 @@ class ClassificationTaskPool(BaseTaskPool):
     def classes(self, task: str) -> LabelSpace | None:
         """Return the classes of a task, or ``None`` where its data set names none."""
         if task not in self._classes:
-            self._classes[task] = LabelSpace.of_dataset(self.load_dataset(task))
+            self._classes[task] = label_space(self.load_dataset(task))
         return self._classes[task]
 
     def check(self) -> None:
@@ -179,10 +179,11 @@ class ClassificationTaskPool(BaseTaskPool):
             start: number of the task's first class among them.
         """
         count = 0
-        for images, targets in self._batches(self.load_dataset(task), examinees[0].device):
+        dataset = self.load_dataset(task)
+        for images, targets in self._batches(dataset, examinees[0].device):
             count += len(images)
             if classes is None:
-                classes = self._classes_by_number(task, targets)
+                classes = LabelSpace(tuple(range(int(labels_of(dataset).max()) + 1)))
             for examinee in examinees:
                 shown, labels = images.to(examinee.device), targets.to(examinee.device)
                 call = _once(self._call)
@@ -191,15 +192,6 @@ class ClassificationTaskPool(BaseTaskPool):
                     examinee.answer(JOINT, everything, shown, labels + start, call)
         if not count:
             raise UserError(f"task '{task}' has no images")
-
-    def _classes_by_number(self, task: str, targets: Tensor) -> LabelSpace:
-        """Return nameless classes for a data set that names none: as many as its labels need."""
-        dataset = self.load_dataset(task)
-        labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-        if labels is None and getattr(dataset, "tensors", None):
-            labels = dataset.tensors[-1]
-        largest = int(torch.as_tensor(targets if labels is None else labels).max())
-        return LabelSpace(tuple(range(largest + 1)))
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         rank = 0 if self.fabric is None else self.fabric.global_rank

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_workers_start_where_they_pay(
     assert worker_count(streamed, 100) == 0
     for in_memory in (numbered, numbers(3), Subset(numbers(3), [0]), ConcatDataset([numbers(3)])):
         assert worker_count(in_memory, many) == 0
+    monkeypatch.setattr("fusion.data.loading.current_process", lambda: Process(daemon=True))
+    assert worker_count(streamed, many) == 0
 
 
 def test_one_batch_starts_no_workers(streamed: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:

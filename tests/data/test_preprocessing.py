@@ -14,6 +14,7 @@ from torchvision.models import (
 
 from fusion.data import Preprocessing, image_folder, preprocessing_of
 from fusion.errors import UserError
+from fusion.target import build
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +95,21 @@ def test_timm_networks_of_another_preparation_are_refused() -> None:
     squashed = "convnext_base.clip_laion2b_augreg_ft_in12k_in1k_384"
     with pytest.raises(UserError, match="crop mode 'squash'"):
         preprocessing_of({"_target_": "timm.create_model", "model_name": squashed})
+
+
+def test_yaml_names_the_network_whose_preprocessing_it_wants(photos: Path) -> None:
+    network = {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}
+    dataset = build(
+        {
+            "_target_": "fusion.data.image_folder",
+            "root": photos,
+            "image_size": 112,  # wins; half of 224, so the shorter side becomes half of 256
+            "preprocessing": {
+                "_target_": "fusion.data.preprocessing_of",
+                "_recursive_": False,  # or the network would be built, weights and all
+                "architecture": network,
+            },
+        }
+    )
+    half = image_folder(photos, image_size=112, resize=128)
+    assert torch.equal(dataset.pixels(3), half.pixels(3))

@@ -14,7 +14,7 @@ def test_groups_relabel_and_keep_the_images(train_digits: ImageTensors) -> None:
     parity = grouped(train_digits, PARITY)
     assert isinstance(parity, ImageTensors)
     assert parity.class_names == ("even", "odd")
-    assert parity.original_labels == (0, 1)
+    assert min(parity.original_labels) > 10**6  # classes that no real data set has
     assert torch.equal(parity.images, train_digits.images)
     assert torch.equal(parity.labels, train_digits.labels % 2)
 

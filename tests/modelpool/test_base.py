@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fusion
-from fusion.data import ClassSubset, ImageTensors
+from fusion.data import ClassSubset, ImageTensors, label_space
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, Checkpoint, as_modelpool
@@ -230,7 +230,7 @@ def test_classes_are_given_for_members_that_are_there(base) -> None:
 
 def test_a_member_has_the_classes_of_its_own_data(base, train_digits) -> None:
     pool = BaseModelPool({"a": base, "b": base}, test_datasets={"a": train_digits})
-    assert pool.labels("a") == LabelSpace.of_dataset(train_digits)
+    assert pool.labels("a") == label_space(train_digits)
     assert pool.labels("b") is None
 
 

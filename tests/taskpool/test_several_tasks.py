@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.data import ClassSubset, ImageTensors, batches, grouped, inverted
+from fusion.data import ClassSubset, ImageTensors, batches, grouped, inverted, label_space
 from fusion.labels import LabelSpace
 from fusion.models import MultiTaskNetwork, find_head
 from fusion.taskpool import JOINT, ClassificationTaskPool, Contestant, Ensemble
@@ -63,7 +63,7 @@ def test_the_joint_problem_is_over_the_classes_of_all_heads(model, images, rule)
 
 def test_a_plain_network_answers_the_joint_problem_over_all_its_outputs(base, images) -> None:
     tasks = {name: ClassSubset(images, own) for name, own in CLASSES.items()}
-    labels = LabelSpace.of_dataset(images)
+    labels = label_space(images)
     found = ClassificationTaskPool(tasks).evaluate(base, labels=labels)
     scores, truth = logits(base, images)
     right = (scores.argmax(1) == truth).double().mean()
@@ -78,7 +78,7 @@ def test_a_task_of_all_classes_is_answered_by_all_heads_together(model, images) 
 
 
 def test_tasks_that_share_classes_have_no_joint_problem(base, images) -> None:
-    labels = LabelSpace.of_dataset(images)
+    labels = label_space(images)
     tasks = ClassificationTaskPool({"clean": images, "negative": inverted(images)})
     assert list(tasks.evaluate(base, labels=labels)) == ["clean", "negative"]
 
@@ -91,7 +91,7 @@ def test_a_head_that_does_not_know_a_tasks_classes_does_not_answer_it(model, ima
 
 def test_an_ensemble_is_the_mean_of_those_who_know(base, net, images) -> None:
     other = net(seed=4)
-    labels = LabelSpace.of_dataset(images)
+    labels = label_space(images)
     both = Ensemble(
         {"x": base, "y": other}, {"x": labels, "y": labels}, {"x": "x", "y": "y"}
     ).eval()
@@ -121,7 +121,7 @@ def test_all_networks_are_measured_in_one_pass_over_the_images(base, net, images
             return images[index]
 
     data = Counted()
-    labels = LabelSpace.of_dataset(images)
+    labels = label_space(images)
     made = {name: net(seed=seed) for seed, name in enumerate("xyz")}
     tasks = ClassificationTaskPool({"all": data})
     together = tasks.evaluate_all(
