@@ -87,6 +87,7 @@ class Misfit:
 
 def misfit(value: object, annotation: Any) -> Misfit | None:
     """Return in what ``value`` is not what ``annotation`` says, or ``None`` where it is."""
+    annotation = type(None) if annotation is None else annotation
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         inner = misfit(value, args[0])

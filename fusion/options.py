@@ -113,6 +113,8 @@ SampleSize = Annotated[int, Within(least=2, most=LARGEST)]
 """How many images statistics are measured on: a variance takes two."""
 Units = Annotated[int, Within(least=1, most=2**24)]
 """Channels or outputs of a layer; beyond 2**24 no layer has any."""
+Pixels = Annotated[int, Within(least=1, most=65_535)]
+"""Height or width of an image; JPEG files have no more."""
 Width = Annotated[float, Within(above=0, most=100_000)]
 """Factor on the channels of every layer."""
 Seed = Annotated[int, Within(least=0, most=LARGEST)]

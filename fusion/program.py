@@ -23,12 +23,12 @@ from fusion.figures.accuracy_table import accuracy_table
 from fusion.files import write_text
 from fusion.method import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
-from fusion.options import FilePath, Seed, checked
+from fusion.options import FilePath, Seed, TargetMapping, checked
 from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
-from fusion.training.devices import FABRIC, make_fabric
+from fusion.training.devices import FABRIC, check_loggers, make_fabric
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -86,10 +86,10 @@ class FusionProgram:
     def __init__(
         self,
         *,
-        method: BaseAlgorithm | Mapping[str, Any],
-        modelpool: BaseModelPool | Mapping[str, Any],
-        taskpool: BaseTaskPool | Mapping[str, Any] | None = None,
-        finetune: FineTuning | Mapping[str, Any] | None = None,
+        method: BaseAlgorithm | TargetMapping,
+        modelpool: BaseModelPool | TargetMapping,
+        taskpool: BaseTaskPool | TargetMapping | None = None,
+        finetune: FineTuning | TargetMapping | None = None,
         fabric: Fabric | Mapping[str, Any] | None = None,
         output_path: FilePath,
         seed: Seed = 0,
@@ -284,6 +284,7 @@ class FusionProgram:
             return self._fabric
         options = {k: v for k, v in self._fabric.items() if k != "_target_"}
         loggers = _moved(options.pop("loggers", None), str(self.folder.path), str(working))
+        check_loggers(loggers)
         if working is not None:
             options["loggers"] = build_nested(loggers) or None
         if str(options.get("devices", 1)) != "1" and options.get("strategy", "auto") == "auto":

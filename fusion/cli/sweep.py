@@ -15,6 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from fusion.cli.mistakes import tell
 from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.run_folder import (
@@ -84,18 +85,36 @@ class Summarise(Callback):
         del kwargs
         if not config.dry_run:
             command = shlex.join(["fusion_bench", *sys.argv[1:]])
-            write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
+            with _not_only_a_warning():
+                write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Summarise the sweep's folder; leave with an error if a job failed."""
         del kwargs
         folder = Path(config.hydra.sweep.dir)
         if not config.dry_run:
-            summarise_and_tell(folder)
+            with _not_only_a_warning():
+                summarise_and_tell(folder)
         elif not list(folder.rglob(REPORT)):  # Hydra's own note is all there is
             (folder / "multirun.yaml").unlink(missing_ok=True)
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def _not_only_a_warning() -> Iterator[None]:
+    """End the process on an error in the block: Hydra warns of what a callback raises and goes on.
+
+    Raises:
+        SystemExit: with 2 after a user's mistake, which is told, with 1 after anything else.
+    """
+    try:
+        yield
+    except UserError as error:
+        tell(error)
+    except Exception as error:
+        log.exception("The summary of the sweep failed; make it anew with summarize=FOLDER")
+        raise SystemExit(_FAILED) from error
 
 
 def summarise_and_tell(folder: Path) -> None:
@@ -105,7 +124,10 @@ def summarise_and_tell(folder: Path) -> None:
     summary = summarise(folder)
     sys.stdout.write(summary.text)
     if summary.failed:
-        records = [json.loads((folder / name / ERROR).read_text()) for name in summary.failed]
+        records = [
+            json.loads((folder / name / ERROR).read_text(encoding="utf-8"))
+            for name in summary.failed
+        ]
         sys.exit(_MISTAKE if all(record["mistake"] for record in records) else _FAILED)
 
 

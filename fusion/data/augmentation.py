@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion.options import Whole, checked
+from fusion.options import Within, checked
+
+Padding = Annotated[int, Within(least=0, most=65_535)]
 
 
 @checked
@@ -21,7 +24,7 @@ class Augmentation:
         flip: mirror half of the images left to right; wrong for digits and letters.
     """
 
-    padding: Whole = 4
+    padding: Padding = 4
     flip: bool = True
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:

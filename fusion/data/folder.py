@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import RGB_MEAN, RGB_STD
 from fusion.data.preprocessing import Preprocessing
 from fusion.errors import UserError, suggestion
-from fusion.options import Count, FilePath, Names, TargetMapping, Text, checked
+from fusion.options import NON_EMPTY, Count, FilePath, Names, Pixels, TargetMapping, Text, checked
 from fusion.target import build_nested
 
 # Sets whose decoded pixels take up to this are kept in memory: what `batches` copies to the
@@ -41,8 +41,8 @@ _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over the chan
 def image_folder(
     root: FilePath,
     *,
-    image_size: Count | None = None,
-    resize: Count | None = None,
+    image_size: Pixels | None = None,
+    resize: Pixels | None = None,
     interpolation: Text | None = None,
     per_class: Count | None = None,
     class_names: Names | None = None,
@@ -53,7 +53,7 @@ def image_folder(
     augmentation: Augmentation
     | FileTransform
     | TargetMapping
-    | Sequence[Augmentation | FileTransform | TargetMapping]
+    | Annotated[Sequence[Augmentation | FileTransform | TargetMapping], NON_EMPTY]
     | None = Augmentation(),  # noqa: B008 (frozen)
     in_memory: bool | Literal["auto"] = "auto",
     draft: bool = True,

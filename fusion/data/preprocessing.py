@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.options import Count, Text, checked
+from fusion.options import Pixels, Text, checked
 from fusion.target import locate
 
 
@@ -27,8 +27,8 @@ class Preprocessing:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: Count
-    crop: Count
+    resize: Pixels
+    crop: Pixels
     interpolation: Text = "bilinear"
 
     def __post_init__(self) -> None:

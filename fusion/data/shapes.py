@@ -21,13 +21,13 @@ from fusion.data.foreign_images import as_labelled
 from fusion.data.labelled_images import LabelledImages
 from fusion.data.view import changed, last_augmentation, with_known_pixels
 from fusion.errors import UserError
-from fusion.options import Count, Length, checked
+from fusion.options import Length, Pixels, checked
 
-HeightAndWidth = Annotated[Sequence[Count], Length(exactly=2)]
+HeightAndWidth = Annotated[Sequence[Pixels], Length(exactly=2)]
 
 
 @checked
-def resized(dataset: Dataset[Any], size: Count | HeightAndWidth) -> LabelledImages:
+def resized(dataset: Dataset[Any], size: Pixels | HeightAndWidth) -> LabelledImages:
     """Return the images scaled bilinearly, with a wider filter where they shrink (antialias).
 
     Args:

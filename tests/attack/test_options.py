@@ -42,7 +42,7 @@ VALUES: dict[str, object] = {
     "{}": {},
 }
 IN_CI = 60
-WORDS = ("_target_", "_recursive_", "_args_", "_partial_", "_convert_")
+WORDS = ("_recursive_", "_args_", "_partial_", "_convert_")
 
 # What a choice takes to be complete; FILES is the folder that `files` makes.
 _DIGITS = ("modelpool=digits",)
@@ -60,6 +60,10 @@ COMPLETE: dict[str, tuple[str, ...]] = {
         "path.data_dir=FILES",
         "path.checkpoint=FILES/resnet20.safetensors",
     ),
+    "modelpool=cifar10_folder_tasks": (
+        "path.data_dir=FILES",
+        "path.checkpoint=FILES/resnet20.safetensors",
+    ),
     "modelpool=cifar10_folder_pair": ("method=git_rebasin", "path.data_dir=FILES"),
     "modelpool=torchvision": (
         "modelpool.models._pretrained_.architecture._target_=torchvision.models.shufflenet_v2_x0_5",
@@ -70,14 +74,25 @@ COMPLETE: dict[str, tuple[str, ...]] = {
         *(text.replace("{network}", "mobilenet") for text in _TEMPLATE),
     ),
     "taskpool=digits_tasks": ("modelpool=digits_tasks",),
+    "taskpool=cifar10_folder_tasks": (
+        "modelpool=cifar10_folder_tasks",
+        "path.data_dir=FILES",
+        "path.checkpoint=FILES/resnet20.safetensors",
+    ),
     "taskpool=cifar10_folder": (
         "modelpool=cifar10_folder",
         "path.data_dir=FILES",
         "path.checkpoint=FILES/resnet20.safetensors",
     ),
 }
-# Their data is a download; every class that they name is attacked through another choice.
-WITHOUT_DATA = ("modelpool=cifar10", "taskpool=cifar10", "method=custom")
+# Their data or weights are a download; what they name is attacked through other choices.
+WITHOUT_DATA = (
+    "modelpool=cifar10",
+    "taskpool=cifar10",
+    "modelpool=folders",
+    "taskpool=folders",
+    "method=custom",
+)
 GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "fabric/loggers", "path")
 CHOICES = [
     choice
@@ -215,25 +230,70 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# What options are that are null or of several kinds as they are shipped.
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "report_save_path": (str,),
+    "merged_model_save_path": (str,),
+    "checkpoint": (str,),
+    "output_path": (str,),
+    "weights": (list, dict),
+    "align": (str, bool),
+    "example_input": (list,),
+    "density": (int, float),
+    "scale": (int, float),
+    "alpha": (int, float),
+    "iterations": (int,),
+    "max_points_per_model": (int,),
+    "images": (int,),
+    "budget": (int,),
+    "per_class": (int,),
+    "image_size": (int,),
+    "resize": (int,),
+    "key": (str,),
+    "classes": (list, dict),
+    "class_names": (list,),
+    "init_from": (str,),
+    "in_memory": (bool, str),
+    "revision": (str,),
+    "offline": (bool,),
+    "mean": (list,),
+    "std": (list,),
+}
+
+
 def means_nothing(setting: Setting) -> bool:
-    """Return whether the value is of another kind than what is shipped, whatever its range."""
-    value, shipped = VALUES.get(setting.value), setting.shipped
-    if setting.value not in VALUES or value is None or shipped is None or shipped == A_CHOICE:
+    """Return whether the value is of another kind than the option, whatever its range.
+
+    This is judged by what is shipped and by the table above, not by the annotations that the
+    product itself goes by.
+    """
+    name = setting.key.rpartition(".")[2].lstrip("+")
+    if setting.value not in VALUES or VALUES[setting.value] is None or setting.shipped == A_CHOICE:
         return False
-    if isinstance(shipped, bool):
-        return not isinstance(value, bool)
-    if isinstance(shipped, int) and setting.key == "seed":
-        return value not in (0, 1e9)  # 1e9 is how a whole number may be typed
-    if isinstance(shipped, int):
-        return isinstance(value, bool) or not isinstance(value, int) or value == HUGE
-    if isinstance(shipped, float):
-        numbers = isinstance(value, int | float) and not isinstance(value, bool)
-        return not numbers or value != value
-    if isinstance(shipped, str):
-        return not isinstance(value, str) or value == ""
-    if isinstance(shipped, list | tuple):
-        return not isinstance(value, list) or not value
-    return isinstance(shipped, Mapping) and not isinstance(value, Mapping | list)
+    value: Any = VALUES[setting.value]
+    if setting.key.startswith("hydra."):  # Hydra's own settings, and Python's logging behind them
+        return value == "" and name in ("dir", "subdir")
+    if setting.key == "seed" and value == 1e9:  # how a large whole number is typed
+        return False
+    if name in OPTIONAL:
+        kinds = OPTIONAL[name]
+    elif setting.shipped is None or setting.shipped is inspect.Parameter.empty:
+        return False
+    elif isinstance(setting.shipped, bool):
+        kinds = (bool,)
+    elif isinstance(setting.shipped, float):
+        kinds = (int, float)
+    elif isinstance(setting.shipped, list | tuple):
+        kinds = (list,)
+    elif isinstance(setting.shipped, Mapping):
+        kinds = (dict, list) if name == "models" else (dict,)
+    else:
+        kinds = (type(setting.shipped),)
+    if type(value) not in kinds or value != value:
+        return True
+    if isinstance(value, int):
+        return value == HUGE and float not in kinds
+    return value in ("", []) and name != "key"
 
 
 def answer(
@@ -255,9 +315,8 @@ def answer(
         sentence = said.startswith("fusion_bench: error: ") and "\n" not in said
         if left.code != 2 or not sentence or len(said) < 40:
             return "bare", said
-        last = setting.key.rpartition(".")[2].lstrip("+")
-        named = last in said or setting.key.split(".")[0] in said
-        return ("sentence" if named else "wrong"), said
+        names = [*setting.key.lstrip("+").split(".")[-2:], "hydra"]
+        return ("sentence" if any(name in said for name in names) else "wrong"), said
     except BaseException as error:  # noqa: BLE001 (whatever it is, nobody told it in a sentence)
         return "bare", f"{type(error).__name__}: {error}"
     return ("wrong" if means_nothing(setting) else "right"), "accepted"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 DIGITS = "modelpool=digits"
 SNR = "method=snr_selective_merge"
@@ -16,7 +17,7 @@ SNR = "method=snr_selective_merge"
             f"{DIGITS} modelpool.models.expert_c.seed=1",
             "modelpool.models has no option 'expert_c'; did you mean 'expert_",
         ),
-        (f"{DIGITS} fabric.acc=cpu", "fabric has no option 'acc'; it has "),
+        (f"{DIGITS} fabric.zzz=cpu", "fabric has no option 'zzz'; it has "),
         (f"{DIGITS} hydra.job.nam=x", "hydra.job has no option 'nam'; did you mean 'name'?"),
         ("modelpool=digit", "no such modelpool; did you mean 'digits'?"),
         (f"{DIGITS} method=snr_selective_marge", "did you mean 'snr_selective_merge'?"),
@@ -29,13 +30,56 @@ SNR = "method=snr_selective_merge"
         ("modelpool=null", "modelpool=null: a run needs a modelpool"),
         (f"{DIGITS} method=null", "a run needs a method; method=dummy merges nothing"),
         (f"{DIGITS} ~method", "a run needs a method"),
-        (f"{DIGITS} seed=abc", "seed=abc: expected int, such as 0"),
-        (f"{DIGITS} fast_dev_run=1", "fast_dev_run=1: expected bool, such as true or false"),
+        (f"{DIGITS} seed=abc", "seed is 'abc'; give a whole number of 0 or more"),
+        (f"{DIGITS} fast_dev_run=1", "fast_dev_run is 1; give true or false"),
         (f"{DIGITS} method=custom", "method._target_ has no value; give it as method._target_="),
         (f"{DIGITS} seed=1,2", "to run a job for each, add --multirun"),
         (f"{DIGITS} foo", "the argument 'foo' cannot be read; options are given as name=value"),
         (f"{DIGITS} a=b=c", "the argument 'a=b=c' cannot be read"),
-        (f"{DIGITS} -cn foo", "--config-name: there is no primary configuration 'foo'"),
+        (f"{DIGITS} method=slerp method.seed=${{seed}} sed=1", "did you mean 'seed'"),
+        (f"{DIGITS} method=ties", "there is no such method; did you mean 'ties_merging'?"),
+        (f"{DIGITS} method=average", "did you mean 'simple_average'?"),
+        (f"{DIGITS} method=rebasin", "did you mean 'git_rebasin'?"),
+        (f"{DIGITS} method=3", "method is 3; give the name of one (there are adamerging,"),
+        (f"{DIGITS} method=[a]", "method is ['a']; give the name of one"),
+        (f"{DIGITS} method=", "method is ''; give the name of one"),
+        (f"{DIGITS} fabric=null", "fabric=null: a run needs a fabric; fabric=auto takes the best"),
+        (f"{DIGITS} fabric/loggers=true", "fabric/loggers is true; give the name of one"),
+        (
+            f"{DIGITS} method=ties_merging method.density=0.3",
+            "method has no option 'density'; here it is method.rule.density=VALUE",
+        ),
+        (
+            f"{DIGITS} method=ties_merging method.scaling_factor=0.3",
+            "method has no option 'scaling_factor'; here it is method.rule.scale=VALUE",
+        ),
+        (
+            f"{DIGITS} method=ties_merging method.threshold=20",
+            "method has no option 'threshold'; here it is method.rule.density=VALUE",
+        ),
+        (f"{DIGITS} method=slerp method.weight=1", "here it is method.weights=VALUE"),
+        (f"{DIGITS} method=ties_merging density=0.3", "here it is method.rule.density=VALUE"),
+        (
+            f"{DIGITS} modelpool.models.expert_a.dataset.split=test",
+            "modelpool.models.expert_a.dataset is the same as modelpool.train_datasets._pretrained_",
+        ),
+        (
+            f"{DIGITS} +modelpool.models.expert_a.dataset.channels=3",
+            "set modelpool.train_datasets._pretrained_.channels=VALUE for both, or give the whole",
+        ),
+        (f"{DIGITS} seed=-1", "seed is -1; give a whole number of 0 or more"),
+        (f"{DIGITS} seed=9223372036854775808", "give a whole number from 0 to 9223372036854775807"),
+        (f"{DIGITS} seed=1{'0' * 5000}", "the number has too many digits; give a smaller one"),
+        (f"{DIGITS} report_save_path=3", "report_save_path is 3; give a path that is not empty"),
+        (f"{DIGITS} path.data_dir=", "path.data_dir is ''; give a path that is not empty"),
+        (
+            f"{DIGITS} hydra.output_subdir=x",
+            "the program writes the run folder itself; leave that out",
+        ),
+        (f"{DIGITS} hydra.job_logging.root.level=x", "hydra.job_logging or hydra.hydra_logging: "),
+        (f"{DIGITS} hydra.callbacks.summarise=3", "hydra.callbacks: Cannot instantiate config of"),
+        (f"{DIGITS} method.seed=${{nowhere}} method=slerp", "refers to '${nowhere}', which the"),
+        (f"{DIGITS} -cn foo", "--config-name: there is no configuration 'foo'"),
         (f"{DIGITS} --config-dir nowhere", "nowhere' not found"),
         (f"{DIGITS} output_path=/proc/nowhere", "output_path: cannot make the run folder"),
         ("-m seed=1,2 modelpool=digits report_save_path=r.json", "would overwrite each other's"),
@@ -56,6 +100,25 @@ def test_a_mistake_is_told_in_a_sentence_before_torch(command, tmp_path, argumen
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"{DIGITS} seed=1e9",
+        f"{DIGITS} taskpool=null merge=null experiment=null finetune=null fabric/loggers=null",
+        f"{DIGITS} fabric.devices=auto fabric.accelerator=cpu",
+        f"{DIGITS} fabric.devices='1'",
+        "-m modelpool=digits seed=1,2",
+        "modelpool=digits -m seed=1,2",
+        "modelpool=digits seed=1,2 --multirun method=slerp",
+        "method=slerp modelpool=digits -m seed=1,2 hydra.verbose=false",
+    ],
+)
+def test_what_means_something_is_not_refused(main_in, capsys, arguments) -> None:
+    main_in(*arguments.split(), "dry_run=true")
+    jobs = 2 if "-m" in arguments else 1
+    assert capsys.readouterr().out.count("everything checked is in order") == jobs
+
+
 def test_the_traceback_is_there_for_whoever_asks(command) -> None:
     answer = command("modelpool=digit", FUSION_DEBUG="1")
     assert answer.code != 0
@@ -66,12 +129,27 @@ def test_the_traceback_is_there_for_whoever_asks(command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([SNR, "method.top_p=abc"], "top_p is 'abc', which is no float"),
-        ([SNR, "method.top_p=2"], "top_p is 2; it is a share of the layers"),
+        ([SNR, "method.top_p=abc"], "top_p is 'abc'; give a number from 0 to 1"),
+        ([SNR, "method.top_p=2"], "top_p is 2; give a number from 0 to 1"),
         ([SNR, "method.rank_by=expert"], "did you mean 'experts'"),
         (["+method.k=3"], "fusion.method.DummyAlgorithm has no option 'k'"),
         (["method=custom", "method._target_=nowhere.Mine"], "there is no module 'nowhere'"),
         (["fabric.devices=77"], "Lightning Fabric refuses fabric.accelerator"),
+        (["fabric.accelerator=cpu", "fabric.devices=[0]"], "Lightning Fabric refuses fabric.acc"),
+        (["fabric.accelerator=cpu", "fabric.devices=0"], "Lightning Fabric refuses fabric.acc"),
+        (["fabric.precision=16x"], "Fabric.precision is '16x'; give "),
+        (["+fabric.num_nodes=2"], "fabric.num_nodes=2: there is no sign of a cluster"),
+        (["fabric.loggers=3"], "fabric.loggers is 3; give a mapping with _target_, or null"),
+        (["fabric/loggers=csv", "fabric.loggers.name=3"], "CSVLogger.name is 3; give text"),
+        (["method=slerp", "method.weights=3"], "Merge.weights is 3; give a list of numbers, a map"),
+        (["method=slerp", "method.weights=[1,x]"], "Merge.weights[1] is 'x'; give a number"),
+        (["method=slerp", "method.rule=3"], "Merge.rule is 3; give a Rule, or a mapping with"),
+        (["modelpool.models.expert_a.epochs=1e3"], "epochs is 1000.0; give a whole number of 1"),
+        (
+            ["modelpool.models._pretrained_.accelerator=gpu"],
+            "Lightning Fabric refuses accelerator=gpu",
+        ),
+        (["modelpool.models.expert_a.classes=[]"], "TrainedModel.classes is []; give a non-empty"),
         (["merged_model_save_path=m.pt"], "must end in .safetensors"),
         (["+modelpool.train_datasets._pretrained_.splt=x"], "did you mean 'split'"),
     ],
@@ -81,6 +159,9 @@ def test_what_only_the_program_can_find_is_told_alike(
 ) -> None:
     if "77" in arguments[0]:
         arguments = [*arguments, "fabric.accelerator=gpu"]
+    if "gpu" in arguments[0] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = ["+" + a if a.startswith("modelpool") and "acc" in a else a for a in arguments]
     with pytest.raises(SystemExit) as left:
         main_in(DIGITS, *arguments)
     assert left.value.code == 2

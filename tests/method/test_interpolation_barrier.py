@@ -83,7 +83,7 @@ def test_what_is_missing_is_told(pair, base):
         with pytest.raises(UserError, match=f"points is {points}.*{cure}"):
             InterpolationBarrier(points=points)
     for option, given in (("alignments", []), ("batch_norm", "repair")):
-        with pytest.raises(UserError, match=f"{option} is .*give a list of"):
+        with pytest.raises(UserError, match=f"{option} is .*give a non-empty list of"):
             InterpolationBarrier(**{option: given})
     with pytest.raises(UserError, match="calibration_images is 1"):
         InterpolationBarrier(calibration_images=1)
