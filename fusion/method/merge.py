@@ -24,7 +24,7 @@ from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
 from fusion.options import ImageShape, SampleSize, Seed, checked
-from fusion.weights import normalised_weights
+from fusion.weights import exact_device, normalised_weights
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class Merge(BaseAlgorithm):
         state: dict[str, Tensor] = {}
         options: dict[str, Any] = {
             "with_head": plan.head_is_a_layer,
-            "device": self.fabric.device,
+            "device": exact_device(self.fabric.device),
             "seed": self.seed,
         }
         with self.profile("merge layers"):

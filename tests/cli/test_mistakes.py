@@ -61,7 +61,7 @@ SNR = "method=snr_selective_merge"
         (f"{DIGITS} method=ties_merging density=0.3", "here it is method.rule.density=VALUE"),
         (
             f"{DIGITS} modelpool.models.expert_a.dataset.split=test",
-            "modelpool.models.expert_a.dataset is the same as modelpool.train_datasets._pretrained_",
+            "expert_a.dataset is the same as modelpool.train_datasets._pretrained_",
         ),
         (
             f"{DIGITS} +modelpool.models.expert_a.dataset.channels=3",
