@@ -124,7 +124,7 @@ class FusionProgram:
             UserError: something is wrong with what the user gave, found before any work.
         """
         parts = self._parts()
-        self.folder.check()
+        self.folder.check(tables=parts.algorithm.output_path)
         check_run(parts.algorithm, parts.pool, parts.tasks, parts.finetuning)
         self._made_fabric(None)
         if self._dry_run:

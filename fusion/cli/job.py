@@ -66,15 +66,6 @@ def job(config: DictConfig) -> None:
         remove_empty(folder, below=Path(str(OmegaConf.select(config, "path.output_root"))))
 
 
-def remove_folder_of_job() -> None:
-    """Remove the folder that Hydra made for a job which never began."""
-    if HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        if not OmegaConf.is_missing(hydra.runtime, "output_dir"):
-            folder = Path(hydra.runtime.output_dir)
-            remove_empty(folder, below=Path.cwd())
-
-
 def remove_empty(folder: Path, *, below: Path) -> None:
     """Remove ``folder`` if it is empty, and the folders that held only it, up to ``below``.
 

@@ -125,7 +125,7 @@ def _hydra(arguments: list[str]) -> None:
     from fusion.cli import mistakes
     from fusion.cli.arguments import checked_arguments
     from fusion.cli.folders import extra_folders
-    from fusion.cli.job import job, register_resolvers, remove_folder_of_job
+    from fusion.cli.job import job, register_resolvers
     from fusion.cli.yaml_files import check_files
 
     folder = config_folder()
@@ -143,7 +143,6 @@ def _hydra(arguments: list[str]) -> None:
     except mistakes.CONFIGURATION_ERRORS as error:
         if not mistakes.is_configuration_error(error):
             raise
-        remove_folder_of_job()
         raise UserError(mistakes.explain(error, arguments, folder)) from error
     except OSError as error:
         if not mistakes.is_from_making_a_folder(error):

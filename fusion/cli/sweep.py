@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fusion.cli.mistakes import tell
 from fusion.errors import UserError
@@ -29,7 +29,7 @@ from fusion.run_folder import (
 
 log = logging.getLogger(__name__)
 
-_NO_MATTER = ("overwrite", "print_config")  # keys that change nothing in what a job computes
+_NO_MATTER = ("overwrite:", "print_config:")  # keys that change nothing in what a job computes
 _FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
 _MISTAKE = 2
 
@@ -139,10 +139,9 @@ def is_of(folder: Path, config: str) -> bool:
     file = folder / CONFIG
     if not file.is_file():
         return False
-    return _comparable(file.read_text(encoding="utf-8")) == _comparable(config)
+    return _comparable(file.read_text(encoding="utf-8", errors="replace")) == _comparable(config)
 
 
-def _comparable(config: str) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.create(config))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items() if key not in _NO_MATTER}
+def _comparable(config: str) -> list[str]:
+    """Return the lines that matter: what a folder holds is compared as text, not read as YAML."""
+    return [line for line in config.splitlines() if not line.startswith(_NO_MATTER)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +15,6 @@ from fusion.errors import UserError, shown
 # A configuration of the size of ours has some hundred entries; aliases that stand for more than
 # this many together are a mistake, or an attack on memory ("billion laughs").
 _MOST_ENTRIES = 100_000
-_WIDE = {  # the mark of UTF-32 begins as that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _PREFIX = "tag:yaml.org,2002:"
 _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
 _MOST_DIGITS = 4300  # of a whole number that Python reads
@@ -77,9 +70,6 @@ def yaml_files(folders: Sequence[Path]) -> Iterator[Path]:
 def fault(file: Path) -> str | None:
     """Return what is wrong with a YAML file in one sentence, or ``None``."""
     raw = file.read_bytes()
-    for mark, name in _WIDE.items():
-        if raw.startswith(mark):
-            return f"'{file}' is written in {name}; save it as UTF-8"
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,10 +93,6 @@ def _fault_of_syntax(file: Path, error: yaml.MarkedYAMLError) -> str:
     problem = " ".join(str(error.problem or error.context).split())
     if "'\\t'" in problem:
         return f"{where}: there is a tab; YAML is indented by spaces only"
-    if "undefined alias" in problem:
-        return f"{where}: {problem}; name it with & before it is used"
-    if "document" in problem:
-        return f"{where}: a second document begins; leave one, without '---'"
     context = f" {' '.join(error.context.split())}" if error.context else ""
     return f"{where} is no YAML{context}: {problem}; correct it there or in the line above"
 
@@ -190,24 +176,16 @@ def _fault_of_value(node: yaml.ScalarNode) -> str | None:
 
 
 def _fault_of_defaults(file: Path, node: yaml.Node) -> str | None:
-    where = f"'{file}', line {node.start_mark.line + 1}"
-    if not isinstance(node, yaml.SequenceNode):
-        return f"{where}: defaults is no list; {_DEFAULT}"
-    for entry in node.value:
+    entries = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for entry in entries:
         where = f"'{file}', line {entry.start_mark.line + 1}"
-        if isinstance(entry, yaml.ScalarNode):
-            if entry.value == file.stem:
-                return f"{where}: the file names itself in its defaults; leave that out"
-            if not entry.tag.endswith(":str"):
-                return f"{where}: the default {entry.value or 'null'} is no text; {_DEFAULT}"
-        elif isinstance(entry, yaml.MappingNode):
-            if len(entry.value) != 1:
-                return f"{where}: a default has {len(entry.value)} names; {_DEFAULT}"
-            name, choice = entry.value[0]
-            if not re.search(r":(str|null|seq)$", choice.tag):
-                return f"{where}: the default {name.value} is no name of a file; {_DEFAULT}"
-        else:
-            return f"{where}: a default is a list; {_DEFAULT}"
+        kinds, choice = r":str$", entry
+        if isinstance(entry, yaml.MappingNode) and len(entry.value) == 1:
+            kinds, choice = r":(str|null|seq)$", entry.value[0][1]
+        if entry is node or not re.search(kinds, choice.tag):
+            return f"{where}: this is no default; {_DEFAULT}"
+        if entry.value == file.stem:
+            return f"{where}: the file names itself in its defaults; leave that out"
     return None
 
 
