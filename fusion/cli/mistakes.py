@@ -106,6 +106,8 @@ def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> 
         return _no_reference(error, arguments, config_folder)
     if isinstance(error, GrammarParseError | InterpolationResolutionError):
         where = error.full_key or "a value"
+        if used := re.search(r"dereferencing interpolation '\$\{([\w.]+)\}': ([^\n]+)", message):
+            return f"{used[1]} cannot be used in {where} ({_cleaned(used[2])}); give text"
         return f"{where}: its reference cannot be resolved ({_cleaned(message)})"
     if isinstance(error, InstantiationException):
         return f"hydra.callbacks: {_cleaned(message)}; give mappings with _target_"
@@ -113,7 +115,7 @@ def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> 
         return f"hydra.job_logging or hydra.hydra_logging: {_cleaned(message)}; leave them out"
     where = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) else ""
     where = "" if where == "None: " else where
-    return f"{where}{_cleaned(message) or type(error).__name__}"
+    return f"{where}{_cleaned(message) or type(error).__name__}; correct it or leave it out"
 
 
 def _no_choice(error: MissingConfigException, arguments: Sequence[str], config_folder: Path) -> str:

@@ -293,7 +293,7 @@ def means_nothing(setting: Setting) -> bool:
         return True
     if isinstance(value, int):
         return value == HUGE and float not in kinds
-    return value in ("", []) and name != "key"
+    return value in ("", []) and name not in ("key", "trusted")
 
 
 def answer(

@@ -71,6 +71,7 @@ SNR = "method=snr_selective_merge"
         (f"{DIGITS} seed=9223372036854775808", "give a whole number from 0 to 9223372036854775807"),
         (f"{DIGITS} seed=1{'0' * 5000}", "the number has too many digits; give a smaller one"),
         (f"{DIGITS} report_save_path=3", "report_save_path is 3; give a path that is not empty"),
+        (f"{DIGITS} output_path=null", "output_path cannot be used in hydra.run.dir (Incompatible"),
         (f"{DIGITS} path.data_dir=", "path.data_dir is ''; give a path that is not empty"),
         (
             f"{DIGITS} hydra.output_subdir=x",

@@ -136,3 +136,12 @@ def test_a_run_with_it_ends_in_one_sentence(main_in, tmp_path, capsys, text, sai
     assert err.count("\n") == 1
     assert err.startswith("fusion_bench: error: ")
     assert said in err
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_the_folder_may_be_named_anywhere(main_in, tmp_path, capsys, place) -> None:
+    write(tmp_path / "conf", TARGET)
+    arguments = ["method=mine", "modelpool=digits", "dry_run=true"]
+    arguments[place:place] = ["--config-dir", "conf"]
+    main_in(*arguments)
+    assert "everything checked is in order" in capsys.readouterr().out
