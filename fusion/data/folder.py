@@ -47,8 +47,8 @@ def image_folder(
     per_class: Count | None = None,
     class_names: Names | None = None,
     channels: Literal[1, 3] = 3,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Annotated[Sequence[float], NON_EMPTY] | None = None,
+    std: Annotated[Sequence[float], NON_EMPTY] | None = None,
     preprocessing: Preprocessing | None = None,
     augmentation: Augmentation
     | FileTransform

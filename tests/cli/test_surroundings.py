@@ -75,8 +75,7 @@ def test_a_stream_that_is_closed_loses_no_run(tmp_path, cache, closed) -> None:
         cwd=tmp_path,
         env=os.environ | {"FUSION_CACHE": str(cache)},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
     )
     assert done.returncode == 0
     assert b"Traceback" not in done.stdout + done.stderr
