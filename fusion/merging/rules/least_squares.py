@@ -54,9 +54,9 @@ class LeastSquares(Rule):
     Args:
         prior: :math:`W_0`: ``average``, ``iso_c``, ``base``, or a rule.
         ridge: ρ relative to the mean of the Gram matrices' diagonal, 1e-10 or more.
-        + \rho \lVert W - W_0 \rVert^2,
-            norm returns; otherwise what the convolution returns, of which the norm takes location
-            and scale away.
+        folded: whether batch norm is folded into the layer before it, so that :math:`Y_i` is what
+            the norm returns; otherwise what the convolution returns, of which the norm takes
+            location and scale away.
 
     Raises:
         UserError: an option is outside of its range, or the prior takes statistics of the data.
