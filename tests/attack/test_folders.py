@@ -11,6 +11,8 @@ from fusion.cli.sweep import already_finished
 from fusion.errors import UserError
 from fusion.run_folder import RunFolder, finished_report, recover
 from fusion.study import summarise
+from fusion.study.runs import read_runs
+from fusion.study.table import run_table
 
 CONFIG = "seed: 0\nmethod:\n  _target_: os.system\n  command: touch canary\noverwrite: false\n"
 OUTSIDE = ["../precious", "{root}/precious", "sub/../../precious", "link/precious", ".."]
@@ -90,3 +92,25 @@ def test_a_summary_builds_nothing_and_shows_text_as_text(theirs, attack) -> None
         summarise(theirs)
         assert script not in (theirs / "index.html").read_text()
         assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("value", [None, True, 3, 1e400, "x", [], ["x"], {}, {"x": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "key",
+    ["choices", "options", "evaluation", "algorithm", "finetune", "seconds", "seed", "method"]
+    + ["controls", "environment"]
+    + [f"choices.{key}" for key in ("job", "method", "modelpool", "overrides")]
+    + [f"finetune.{key}" for key in ("seconds", "strategy", "same_as", "peak_bytes", "memory")]
+    + [f"algorithm.{key}" for key in ("selected_layers", "consistency", "candidate_layers")]
+    + ["algorithm.alignment", "algorithm.batch_norm", "options.method", "evaluation.merged"],
+)
+def test_a_report_of_other_kinds_is_read_or_refused(theirs, key, value, tally) -> None:
+    group, _, name = key.partition(".")
+    (theirs / "report.json").write_text(json.dumps({group: {name: value} if name else value}))
+    refused = ""
+    try:
+        run_table(read_runs(theirs))
+    except UserError as error:
+        refused = str(error)
+    tally("folders", "sentence" if refused else "right")
+    assert not refused or refused.startswith(f"'{theirs}/report.json': {group}")
