@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,98 +12,139 @@ DIGITS = "modelpool=digits"
 SNR = "method=snr_selective_merge"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("metod=dummy modelpool=digits", "no option 'metod'; did you mean 'method'?"),
-        (f"{DIGITS} sed=3", "no option 'sed'; did you mean 'seed'?"),
-        (f"{DIGITS} {SNR} method.topp=0.2", "method has no option 'topp'; did you mean 'top_p'?"),
-        (
-            f"{DIGITS} modelpool.models.expert_c.seed=1",
-            "modelpool.models has no option 'expert_c'; did you mean 'expert_",
-        ),
-        (f"{DIGITS} fabric.zzz=cpu", "fabric has no option 'zzz'; it has "),
-        (f"{DIGITS} hydra.job.nam=x", "hydra.job has no option 'nam'; did you mean 'name'?"),
-        ("modelpool=digit", "no such modelpool; did you mean 'digits'?"),
-        (f"{DIGITS} method=snr_selective_marge", "did you mean 'snr_selective_merge'?"),
-        (f"{DIGITS} fabric/loggers=cs", "did you mean 'csv'?"),
-        (f"{DIGITS} fabric/logger=csv", "did you mean 'fabric/loggers'?"),
-        (f"{DIGITS} hydra/launcher=jobib", "did you mean 'joblib'?"),
-        (f"{DIGITS} --multirn", "did you mean '--multirun'?"),
-        (f"{DIGITS} --cfg jb", "invalid choice: 'jb'"),
-        ("method=dummy", "choose a modelpool: modelpool=NAME, one of "),
-        ("modelpool=null", "modelpool=null: a run needs a modelpool"),
-        (f"{DIGITS} method=null", "a run needs a method; method=dummy merges nothing"),
-        (f"{DIGITS} ~method", "a run needs a method"),
-        (f"{DIGITS} seed=abc", "seed is 'abc'; give a whole number of 0 or more"),
-        (f"{DIGITS} fast_dev_run=1", "fast_dev_run is 1; give true or false"),
-        (f"{DIGITS} method=custom", "method._target_ has no value; give it as method._target_="),
-        (f"{DIGITS} seed=1,2", "to run a job for each, add --multirun"),
-        (f"{DIGITS} foo", "the argument 'foo' cannot be read; options are given as name=value"),
-        (f"{DIGITS} a=b=c", "the argument 'a=b=c' cannot be read"),
-        (f"{DIGITS} method=slerp method.seed=${{seed}} sed=1", "did you mean 'seed'"),
-        (f"{DIGITS} method=ties", "there is no such method; did you mean 'ties_merging'?"),
-        (f"{DIGITS} method=average", "did you mean 'simple_average'?"),
-        (f"{DIGITS} method=rebasin", "did you mean 'git_rebasin'?"),
-        (f"{DIGITS} method=3", "method is 3; give the name of one (there are adamerging,"),
-        (f"{DIGITS} method=[a]", "method is ['a']; give the name of one"),
-        (f"{DIGITS} method=", "method is ''; give the name of one"),
-        (f"{DIGITS} fabric=null", "fabric=null: a run needs a fabric; fabric=auto takes the best"),
-        (f"{DIGITS} fabric/loggers=true", "fabric/loggers is true; give the name of one"),
-        (
-            f"{DIGITS} method=ties_merging method.density=0.3",
-            "method has no option 'density'; here it is method.rule.density=VALUE",
-        ),
-        (
-            f"{DIGITS} method=ties_merging method.scaling_factor=0.3",
-            "method has no option 'scaling_factor'; here it is method.rule.scale=VALUE",
-        ),
-        (
-            f"{DIGITS} method=ties_merging method.threshold=20",
-            "method has no option 'threshold'; here it is method.rule.density=VALUE",
-        ),
-        (f"{DIGITS} method=slerp method.weight=1", "here it is method.weights=VALUE"),
-        (f"{DIGITS} method=ties_merging density=0.3", "here it is method.rule.density=VALUE"),
-        (
-            f"{DIGITS} modelpool.models.expert_a.dataset.split=test",
-            "expert_a.dataset is the same as modelpool.train_datasets._pretrained_",
-        ),
-        (
-            f"{DIGITS} +modelpool.models.expert_a.dataset.channels=3",
-            "set modelpool.train_datasets._pretrained_.channels=VALUE for both, or give the whole",
-        ),
-        (f"{DIGITS} seed=-1", "seed is -1; give a whole number of 0 or more"),
-        (f"{DIGITS} seed=9223372036854775808", "give a whole number from 0 to 9223372036854775807"),
-        (f"{DIGITS} seed=1{'0' * 5000}", "the number has too many digits; give a smaller one"),
-        (f"{DIGITS} report_save_path=3", "report_save_path is 3; give a path that is not empty"),
-        (f"{DIGITS} output_path=null", "output_path cannot be used in hydra.run.dir (Incompatible"),
-        (f"{DIGITS} path.data_dir=", "path.data_dir is ''; give a path that is not empty"),
-        (
-            f"{DIGITS} hydra.output_subdir=x",
-            "the program writes the run folder itself; leave that out",
-        ),
-        (f"{DIGITS} hydra.job_logging.root.level=x", "hydra.job_logging or hydra.hydra_logging: "),
-        (f"{DIGITS} hydra.callbacks.summarise=3", "hydra.callbacks: Cannot instantiate config of"),
-        (f"{DIGITS} method.seed=${{nowhere}} method=slerp", "refers to '${nowhere}', which the"),
-        (f"{DIGITS} -cn foo", "--config-name: there is no configuration 'foo'"),
-        (f"{DIGITS} --config-dir nowhere", "nowhere' not found"),
-        (f"{DIGITS} output_path=/proc/nowhere", "output_path: cannot make the run folder"),
-        ("-m seed=1,2 modelpool=digits report_save_path=r.json", "would overwrite each other's"),
-        ("-m seed=1,2 modelpool=digits merged_model_save_path=m.safetensors", "overwrite each"),
-    ],
-)
-def test_a_mistake_is_told_in_a_sentence_before_torch(command, tmp_path, arguments, said) -> None:
-    answer = command(*arguments.split())
+MISTAKES = [
+    ("metod=dummy modelpool=digits", "no option 'metod'; did you mean 'method'?"),
+    (f"{DIGITS} sed=3", "no option 'sed'; did you mean 'seed'?"),
+    (f"{DIGITS} {SNR} method.topp=0.2", "method has no option 'topp'; did you mean 'top_p'?"),
+    (
+        f"{DIGITS} modelpool.models.expert_c.seed=1",
+        "modelpool.models has no option 'expert_c'; did you mean 'expert_",
+    ),
+    (f"{DIGITS} fabric.zzz=cpu", "fabric has no option 'zzz'; it has "),
+    (f"{DIGITS} hydra.job.nam=x", "hydra.job has no option 'nam'; did you mean 'name'?"),
+    ("modelpool=digit", "no such modelpool; did you mean 'digits'?"),
+    (f"{DIGITS} method=snr_selective_marge", "did you mean 'snr_selective_merge'?"),
+    (f"{DIGITS} fabric/loggers=cs", "did you mean 'csv'?"),
+    (f"{DIGITS} fabric/logger=csv", "did you mean 'fabric/loggers'?"),
+    (f"{DIGITS} hydra/launcher=jobib", "did you mean 'joblib'?"),
+    (f"{DIGITS} --multirn", "did you mean '--multirun'?"),
+    (f"{DIGITS} --cfg jb", "invalid choice: 'jb'"),
+    ("method=dummy", "choose a modelpool: modelpool=NAME, one of "),
+    ("modelpool=null", "modelpool=null: a run needs a modelpool"),
+    (f"{DIGITS} method=null", "a run needs a method; method=dummy merges nothing"),
+    (f"{DIGITS} ~method", "a run needs a method"),
+    (f"{DIGITS} seed=abc", "seed is 'abc'; give a whole number of 0 or more"),
+    (f"{DIGITS} fast_dev_run=1", "fast_dev_run is 1; give true or false"),
+    (f"{DIGITS} method=custom", "method._target_ has no value; give it as method._target_="),
+    (f"{DIGITS} seed=1,2", "to run a job for each, add --multirun"),
+    (f"{DIGITS} foo", "the argument 'foo' cannot be read; options are given as name=value"),
+    (f"{DIGITS} a=b=c", "the argument 'a=b=c' cannot be read"),
+    (f"{DIGITS} method=slerp method.seed=${{seed}} sed=1", "did you mean 'seed'"),
+    (f"{DIGITS} method=ties", "there is no such method; did you mean 'ties_merging'?"),
+    (f"{DIGITS} method=average", "did you mean 'simple_average'?"),
+    (f"{DIGITS} method=rebasin", "did you mean 'git_rebasin'?"),
+    (f"{DIGITS} method=3", "method is 3; give the name of one (there are adamerging,"),
+    (f"{DIGITS} method=[a]", "method is ['a']; give the name of one"),
+    (f"{DIGITS} method=", "method is ''; give the name of one"),
+    (f"{DIGITS} fabric=null", "fabric=null: a run needs a fabric; fabric=auto takes the best"),
+    (f"{DIGITS} fabric/loggers=true", "fabric/loggers is true; give the name of one"),
+    (
+        f"{DIGITS} method=ties_merging method.density=0.3",
+        "method has no option 'density'; here it is method.rule.density=VALUE",
+    ),
+    (
+        f"{DIGITS} method=ties_merging method.scaling_factor=0.3",
+        "method has no option 'scaling_factor'; here it is method.rule.scale=VALUE",
+    ),
+    (
+        f"{DIGITS} method=ties_merging method.threshold=20",
+        "method has no option 'threshold'; here it is method.rule.density=VALUE",
+    ),
+    (f"{DIGITS} method=slerp method.weight=1", "here it is method.weights=VALUE"),
+    (f"{DIGITS} method=ties_merging density=0.3", "here it is method.rule.density=VALUE"),
+    (
+        f"{DIGITS} modelpool.models.expert_a.dataset.split=test",
+        "expert_a.dataset is the same as modelpool.train_datasets._pretrained_",
+    ),
+    (
+        f"{DIGITS} +modelpool.models.expert_a.dataset.channels=3",
+        "set modelpool.train_datasets._pretrained_.channels=VALUE for both, or give the whole",
+    ),
+    (f"{DIGITS} seed=-1", "seed is -1; give a whole number of 0 or more"),
+    (f"{DIGITS} seed=9223372036854775808", "give a whole number from 0 to 9223372036854775807"),
+    (f"{DIGITS} seed=1{'0' * 5000}", "the number has too many digits; give a smaller one"),
+    (f"{DIGITS} report_save_path=3", "report_save_path is 3; give a path that is not empty"),
+    (f"{DIGITS} output_path=null", "output_path cannot be used in hydra.run.dir (Incompatible"),
+    (f"{DIGITS} path.data_dir=", "path.data_dir is ''; give a path that is not empty"),
+    (
+        f"{DIGITS} hydra.output_subdir=x",
+        "the program writes the run folder itself; leave that out",
+    ),
+    (f"{DIGITS} hydra.job_logging.root.level=x", "hydra.job_logging or hydra.hydra_logging: "),
+    (f"{DIGITS} hydra.callbacks.summarise=3", "hydra.callbacks: Cannot instantiate config of"),
+    (f"{DIGITS} method.seed=${{nowhere}} method=slerp", "refers to '${nowhere}', which the"),
+    (f"{DIGITS} -cn foo", "--config-name: there is no configuration 'foo'"),
+    (f"{DIGITS} --config-dir nowhere", "nowhere' not found"),
+    (f"{DIGITS} output_path=/proc/nowhere", "output_path: cannot make the run folder"),
+    ("-m seed=1,2 modelpool=digits report_save_path=r.json", "would overwrite each other's"),
+    ("-m seed=1,2 modelpool=digits merged_model_save_path=m.safetensors", "overwrite each"),
+]
+# All mistakes are made in one process, which then shows what none of them imported.
+MAKE_THEM = """
+import contextlib, io, json, os, pathlib, sys
+from hydra.core.global_hydra import GlobalHydra
+from fusion.cli import main
+
+answers, start = [], os.getcwd()
+for number, arguments in enumerate(json.load(sys.stdin)):
+    folder = pathlib.Path(start, str(number))
+    folder.mkdir()
+    os.chdir(folder)
+    GlobalHydra.instance().clear()
+    sys.stderr = err = io.StringIO()
+    code = 0
+    try:
+        main(arguments.split())
+    except SystemExit as left:
+        code = left.code
+    sys.stderr = sys.__stderr__
+    files = [str(path) for path in folder.rglob("*") if path.is_file()]
+    heavy = sorted({"torch", "lightning", "fusion.program"} & set(sys.modules))
+    answers.append({"code": code, "err": err.getvalue(), "files": files, "heavy": heavy})
+pathlib.Path(start, "answers.json").write_text(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mistakes")
+    typed = json.dumps([arguments for arguments, _ in MISTAKES])
+    subprocess.run(
+        [sys.executable, "-c", MAKE_THEM], input=typed, text=True, cwd=folder, check=True
+    )
+    found: list[dict[str, Any]] = json.loads((folder / "answers.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[typed for typed, _ in MISTAKES])
+def test_a_mistake_is_told_in_a_sentence_before_torch(answers, number) -> None:
+    (typed, said), answer = MISTAKES[number], answers[number]
+    assert answer["code"] == 2
+    assert answer["heavy"] == []
+    last = answer["err"].rstrip("\n").splitlines()[-1]
+    assert last.startswith("fusion_bench: error: ")
+    assert said in last
+    assert "Traceback" not in answer["err"]
+    if "-m" not in typed.split():  # a sweep leaves its list of jobs
+        assert answer["err"].count("\n") == 1
+        assert answer["files"] == []
+
+
+def test_a_mistake_costs_no_torch(command) -> None:
+    answer = command("modelpool=digits", "method=ties")
     assert answer.code == 2
     assert answer.imported  # the trace works
     assert not {"torch", "lightning", "fusion.program"} & answer.imported
-    last = answer.err.rstrip("\n").splitlines()[-1]
-    assert last.startswith("fusion_bench: error: ")
-    assert said in last
-    assert "Traceback" not in answer.err + answer.out
-    if "-m" not in arguments.split():  # a sweep leaves its list of jobs
-        assert answer.err.count("\n") == 1
-        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(

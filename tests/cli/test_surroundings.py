@@ -32,7 +32,10 @@ def started(*arguments: str, cwd: Path, **options: object) -> subprocess.Popen[b
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_a_run_in_a_line_and_leaves_nothing(
     tmp_path, cache, number, code, said
@@ -68,7 +71,7 @@ def test_a_reader_that_goes_is_no_error(tmp_path) -> None:
     assert err == b""
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
+@pytest.mark.parametrize("closed", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_stream_that_is_closed_loses_no_run(tmp_path, cache, closed) -> None:
     done = subprocess.run(
         ["bash", "-c", f'exec "$0" "$@" {closed}>&-', COMMAND, *RUN],
@@ -99,7 +102,10 @@ def test_an_ascii_terminal_gets_every_word(tmp_path) -> None:
     assert "–" in out.decode("utf-8")  # where nothing was trained
 
 
-@pytest.mark.parametrize("option", ["devices=auto", "devices='1'", "strategy=ddp_spawn"])
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param("devices=auto", marks=pytest.mark.slow), "devices='1'", "strategy=ddp_spawn"],
+)
 def test_one_process_however_it_is_asked_for(main_in, tmp_path, option) -> None:
     main_in(*RUN, f"fabric.{option}")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
