@@ -24,7 +24,7 @@ from omegaconf.errors import (
 from fusion.annotations import misfit
 from fusion.cli import sweep
 from fusion.cli.folders import extra_folders
-from fusion.cli.mistakes import explain, tell
+from fusion.cli.mistakes import explain, limit_of_machine, tell
 from fusion.cli.unknown import known_values, through_reference
 from fusion.config_folder import config_folder
 from fusion.errors import UserError
@@ -62,6 +62,10 @@ def job(config: DictConfig) -> None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the other jobs go on
         tell(error)
+    except OSError as error:
+        if (limit := limit_of_machine(error)) is None:
+            raise
+        tell(limit)
     finally:  # a mistake and a dry run leave no empty folder behind
         remove_empty(folder, below=Path(str(OmegaConf.select(config, "path.output_root"))))
 

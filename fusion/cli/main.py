@@ -39,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from fusion.cli.mistakes import tell
 
         tell(error)
+    except OSError as error:
+        from fusion.cli.mistakes import limit_of_machine, tell
+
+        if (limit := limit_of_machine(error)) is None:
+            raise
+        tell(limit)
     except KeyboardInterrupt:
         sys.stderr.write("\nfusion_bench: interrupted\n")
         sys.exit(_INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -47,6 +48,13 @@ CONFIGURATION_ERRORS = (
 _OWN_TELLING = (HydraException, OmegaConfBaseException)
 _MISTAKE = 2  # the exit code
 _LONGEST = 300  # characters of somebody else's message
+_CURES = {  # what a file system or the operating system refuses, whoever asked
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or choose a folder on another disk",
+    errno.EDQUOT: "make room, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
 
 
 def tell(error: UserError) -> NoReturn:
@@ -55,6 +63,15 @@ def tell(error: UserError) -> NoReturn:
         raise error
     sys.stderr.write(f"fusion_bench: error: {error}\n")
     sys.exit(_MISTAKE)
+
+
+def limit_of_machine(error: OSError) -> UserError | None:
+    """Return the sentence on a limit of the machine that was reached, or ``None``."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None:
+        return None
+    where = f"'{shown(str(error.filename))}': " if error.filename else ""
+    return UserError(f"{where}{error.strerror}; {cure}")
 
 
 def is_configuration_error(error: BaseException) -> bool:

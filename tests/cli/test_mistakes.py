@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 DIGITS = "modelpool=digits"
 SNR = "method=snr_selective_merge"
+LONG = "a" * 300
 
 
 MISTAKES = [
@@ -85,6 +89,8 @@ MISTAKES = [
     (f"{DIGITS} method.seed=${{nowhere}} method=slerp", "refers to '${nowhere}', which the"),
     (f"{DIGITS} -cn foo", "--config-name: there is no configuration 'foo'"),
     (f"{DIGITS} --config-dir nowhere", "nowhere' not found"),
+    (f"{DIGITS} output_path={LONG}", "aaa…': File name too long; choose a shorter name"),
+    (f"summarize={LONG}", "aaa…': File name too long; choose a shorter name"),
     (f"{DIGITS} output_path=/proc/nowhere", "output_path: cannot make the run folder"),
     ("-m seed=1,2 modelpool=digits report_save_path=r.json", "would overwrite each other's"),
     ("-m seed=1,2 modelpool=digits merged_model_save_path=m.safetensors", "overwrite each"),
@@ -126,7 +132,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[typed for typed, _ in MISTAKES])
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[typed[:80] for typed, _ in MISTAKES])
 def test_a_mistake_is_told_in_a_sentence_before_torch(answers, number) -> None:
     (typed, said), answer = MISTAKES[number], answers[number]
     assert answer["code"] == 2
@@ -197,6 +203,8 @@ def test_the_traceback_is_there_for_whoever_asks(command) -> None:
             "Lightning Fabric refuses accelerator=gpu",
         ),
         (["modelpool.models.expert_a.classes=[]"], "TrainedModel.classes is []; give a non-empty"),
+        ([f"report_save_path={LONG}.json"], "File name too long; choose a shorter name"),
+        ([f"path.cache_dir={LONG}"], "File name too long; choose a shorter name"),
         (["merged_model_save_path=m.pt"], "must end in .safetensors"),
         (["+modelpool.train_datasets._pretrained_.splt=x"], "did you mean 'split'"),
     ],
@@ -214,6 +222,43 @@ def test_what_only_the_program_can_find_is_told_alike(
     assert left.value.code == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_sentence(main_in, monkeypatch, capsys) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/report.json")
+
+    monkeypatch.setattr("fusion.program.save_report", full)
+    with pytest.raises(SystemExit) as left:
+        main_in(DIGITS, "fast_dev_run=true", "output_path=run")
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert "'run/report.json': No space left on device; make room, or choose a folder" in err
+    assert "Traceback" not in err
+
+
+def test_a_logger_whose_extra_is_missing_is_told_before_any_work(
+    main_in, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("fusion.training.devices.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as left:
+        main_in(DIGITS, "fabric/loggers=tensorboard")
+    assert left.value.code == 2
+    assert "needs tensorboard (pip install 'fusion-cnn[tensorboard]')" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_of_the_template_has_its_own_number_of_classes(main_in, capsys) -> None:
+    main_in(
+        "modelpool=torchvision",
+        "path.checkpoint=base.pt",
+        *(f"modelpool.models.expert_{name}.path={name}.pt" for name in "ab"),
+        "modelpool.models.expert_a.architecture.num_classes=5",
+        *("--cfg", "job", "--resolve"),
+    )
+    shown = yaml.safe_load(capsys.readouterr().out)["modelpool"]["models"]
+    classes = [member["architecture"]["num_classes"] for member in shown.values()]
+    assert classes == [1000, 5, 1000]
 
 
 def test_an_internal_error_keeps_its_traceback(main_in, tmp_path) -> None:
