@@ -20,7 +20,7 @@ from fusion.target import build, locate
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARXIV = re.compile(r"arXiv[ :]*(\d{4}\.\d{4,5})")
+_ARXIV = re.compile(r"arXiv[\s:]*(\d{4}\.\d{4,5})")
 # What references in the YAML of a method stand for without Hydra; nothing is kept on disk.
 _REFERENCES: dict[str, Any] = {"${seed}": 0, "${path.cache_dir}": None}
 
