@@ -17,6 +17,7 @@ _NAMED = 3  # runs that failed of one reason and are named
 # What a report holds, where it holds it; a file that somebody else wrote may say anything.
 _Plain = str | int | float | None
 _Figure = float | None
+_Metric = float | Mapping[str, Any] | Sequence[Any] | None
 _SHAPE: dict[str, Any] = {
     "method": _Plain,
     "seed": _Plain,
@@ -28,7 +29,7 @@ _SHAPE: dict[str, Any] = {
     "choices.modelpool": _Plain,
     "choices.taskpool": _Plain,
     "choices.overrides": Sequence[str],
-    "evaluation": Mapping[str, Mapping[str, Mapping[str, _Figure]]],
+    "evaluation": Mapping[str, Mapping[str, Mapping[str, _Metric]]],
     "seconds": Mapping[str, _Figure],
     "environment": Mapping[str, Any],
     "finetune": Mapping[str, Any] | None,
