@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
-from fusion.merging.alignment import ALIGNMENTS, AlignmentStage
+from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
+from fusion.merging.heads import HeadChoice, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.sequential import merge_in_stages
@@ -26,6 +25,7 @@ from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
+from fusion.options import Count, FilePath, ImageShape, SampleSize, Seed, checked
 from fusion.weights import exact_device, normalised_weights
 
 log = logging.getLogger(__name__)
@@ -90,31 +90,23 @@ class Merge(BaseAlgorithm):
     without_alignment: ClassVar[str] = "align=null"
     """The option that switches alignment off; empty where alignment is the method."""
 
+    @checked
     def __init__(
         self,
         *,
         rule: Rule,
         weights: Sequence[float] | Mapping[str, float] | None = None,
-        align: str | None = None,
-        head: str = "auto",
-        batch_norm: str = "auto",
-        calibration_images: int = 2000,
-        batch_size: int = 128,
-        statistics_images: int = 500,
-        cache_dir: str | Path | None = None,
-        example_input: Sequence[int] | None = None,
+        align: AlignBy | None = None,
+        head: HeadChoice = "auto",
+        batch_norm: bn.Treatment = "auto",
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
+        statistics_images: Count = 500,
+        cache_dir: FilePath | None = None,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not isinstance(rule, Rule):
-            raise UserError(
-                f"rule must be a fusion.merging.Rule, not a {type(rule).__name__}; name its class "
-                f"as method.rule._target_"
-            )
-        check_choice("head", head, HEADS)
-        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
-        if align is not None:
-            check_choice("align", align, ALIGNMENTS)
         self.rule = rule
         self.weights = weights
         self.head = head

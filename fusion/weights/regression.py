@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from fusion.options import Within
+
 # Below this a Cholesky factorisation in float64 may find a singular Gram matrix of some thousand
 # columns indefinite.
 LEAST_RIDGE = 1e-10
+Ridge = Annotated[float, Within(least=LEAST_RIDGE)]
 
 
 def regression_mean(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Piece, Pieces
-from fusion.merging.rules.options import require_density
 from fusion.merging.rules.wrapping import WrappingRule
+from fusion.options import Fraction, checked
 from fusion.weights.random_mask import random_mask
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Dare(WrappingRule):
     r"""Another rule on task vectors most of whose entries are dropped and the rest rescaled.
@@ -53,10 +54,7 @@ class Dare(WrappingRule):
         tensor([2., 2., 2., 2., 0., 0., 2., 0.])
     """
 
-    density: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_density("Dare.density", self.density)
+    density: Fraction = 0.1
 
     def prepare(self, pieces: Pieces) -> Any:
         """Return the plan of the inner rule."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fusion.errors import check_choice
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_number
-
-LABELS = ("model", "true")
+from fusion.options import Positive, checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Fisher(Rule):
     r"""The mean of the experts, each entry weighted by the diagonal of the Fisher information.
@@ -55,8 +54,8 @@ class Fisher(Rule):
         tensor([3., 1.])
     """
 
-    labels: str = "model"
-    floor: float = 1e-6
+    labels: Literal["model", "true"] = "model"
+    floor: Positive = 1e-6
     normalise: bool = True
 
     elementwise = True
@@ -75,10 +74,6 @@ class Fisher(Rule):
     @property
     def _name(self) -> str:
         return "fisher" if self.labels == "model" else "empirical_fisher"
-
-    def __post_init__(self) -> None:
-        check_choice("Fisher.labels", self.labels, LABELS)
-        require_number("Fisher.floor", self.floor, above=0)
 
     def prepare(self, pieces: Pieces) -> tuple[float, ...]:
         """Return what each expert's Fisher is divided by."""

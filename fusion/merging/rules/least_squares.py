@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.merging.rule import Need, Piece, Pieces, Rule
 from fusion.merging.rules.iso_c import IsoC
 from fusion.merging.rules.mean import Mean
-from fusion.merging.rules.options import require_number
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
-from fusion.weights.regression import LEAST_RIDGE, ridge_step
+from fusion.options import checked
+from fusion.weights.regression import Ridge, ridge_step
 
 PRIORS: Mapping[str, Rule] = {
     "average": Mean(),
@@ -24,6 +24,7 @@ PRIORS: Mapping[str, Rule] = {
 }
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LeastSquares(Rule):
     r"""The linear map from what the merged layers before return to what each expert's layer does.
@@ -61,8 +62,8 @@ class LeastSquares(Rule):
         UserError: an option is outside of its range, or the prior takes statistics of the data.
     """
 
-    prior: str | Rule = "average"
-    ridge: float = 1e-2
+    prior: Literal["average", "iso_c", "base"] | Rule = "average"
+    ridge: Ridge = 1e-2
     folded: bool = True
 
     statistics = frozenset({"gram", "cross"})
@@ -70,9 +71,6 @@ class LeastSquares(Rule):
     sequential = True
 
     def __post_init__(self) -> None:
-        require_number("LeastSquares.ridge", self.ridge, least=LEAST_RIDGE)
-        if isinstance(self.prior, str):
-            check_choice("LeastSquares.prior", self.prior, tuple(PRIORS))
         if self._prior.statistics:
             raise UserError(
                 f"LeastSquares.prior: {type(self._prior).__name__} measures the experts' data "

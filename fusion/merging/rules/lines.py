@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fusion.merging.rule import Piece, Pieces, Rule, mean_of_experts
-from fusion.merging.rules.options import require_number
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
 from fusion.merging.rules.wrapping import WrappingRule
+from fusion.options import NonNegative, checked
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class _Slope:
     inner: Any
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class LiNeS(WrappingRule):
     r"""Another rule whose merged change grows linearly with the depth of the layer.
@@ -63,13 +64,8 @@ class LiNeS(WrappingRule):
     """
 
     rule: Rule = field(default_factory=lambda: TaskArithmetic(scale=1.0))
-    alpha: float | None = None
+    alpha: NonNegative | None = None
     beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None:
-            require_number("LiNeS.alpha", self.alpha, least=0)
-        require_number("LiNeS.beta", self.beta)
 
     def prepare(self, pieces: Pieces) -> _Slope:
         """Return the factor of the first layer and the plan of the inner rule."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule, mean_of_experts
-from fusion.merging.rules.options import require_number
-from fusion.weights.regression import LEAST_RIDGE, regression_mean
+from fusion.options import Share, checked
+from fusion.weights.regression import Ridge, regression_mean
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RegMean(Rule):
     r"""The linear map that is nearest to each expert's on the inputs which that expert receives.
@@ -66,18 +67,14 @@ class RegMean(Rule):
         tensor([[3., 1., 2.]])
     """
 
-    off_diagonal: float = 0.9
-    ridge: float = 1e-6
+    off_diagonal: Share = 0.9
+    ridge: Ridge = 1e-6
     bias: bool = True
     sequential: bool = False
     folded: bool = False
 
     needs = frozenset({Need.IMAGES})
     statistics = frozenset({"gram"})
-
-    def __post_init__(self) -> None:
-        require_number("RegMean.off_diagonal", self.off_diagonal, least=0, most=1)
-        require_number("RegMean.ridge", self.ridge, least=LEAST_RIDGE)
 
     @property
     def affine(self) -> bool:
