@@ -19,10 +19,14 @@ from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.files import atomic_path
-from fusion.weights.safetensors_header import damaged, read_header, sort_metadata
+from fusion.weights.safetensors_header import (
+    TIED,
+    checked_notes,
+    damaged,
+    read_header,
+    sort_metadata,
+)
 from fusion.weights.source import TensorInfo, TensorSource
-
-TIED = "fusion.tied"  # metadata key: JSON object, name -> the name under which the tensor is kept
 
 
 class SafetensorsSource(TensorSource):
@@ -45,24 +49,43 @@ class SafetensorsSource(TensorSource):
             self._infos[name] = self._infos[kept]
             self._starts[name] = self._starts[kept]
 
+    @property
+    def on_disk(self) -> bool:
+        """Always: tensors are read when somebody asks for them."""
+        return True
+
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name`` from the header."""
         return self._infos[name]
+
+    def start(self, name: str) -> int:
+        """Return the position in the file of the first byte of the tensor ``name``."""
+        return self._starts[name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read a part of the tensor ``name`` from the file, as a new vector in C order."""
         info = self._infos[name]
         stop = min(stop, info.numel)
         part = torch.empty(max(stop - start, 0), dtype=info.dtype)
+        self._fill(name, start, part)
+        return part
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Read the elements from ``start`` on of the tensor ``name`` into ``out``."""
+        if self._infos[name].dtype == out.dtype:
+            self._fill(name, start, out)
+        else:
+            super().read_into(name, start, out)
+
+    def _fill(self, name: str, start: int, part: Tensor) -> None:
         target = part.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._starts[name] + start * info.dtype.itemsize)
+            file.seek(self._starts[name] + start * part.dtype.itemsize)
             while target:
                 count = file.readinto(target)
                 if not count:
                     raise damaged(self.path, f"it ends within '{name}'")
                 target = target[count:]
-        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -89,12 +112,7 @@ def save_safetensors(
     Raises:
         UserError: a metadata value is not a string, or has the reserved key ``TIED``.
     """
-    notes = dict(metadata or {})
-    for key, value in notes.items():
-        if key == TIED or not isinstance(value, str):
-            raise UserError(
-                f"metadata '{key}' of {path}: keep strings, under any key but the reserved '{TIED}'"
-            )
+    notes = checked_notes(path, metadata)
     tensors = dict(tensors)  # a lazy mapping is read once; every tensor keeps an address of its own
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -142,6 +160,30 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         UserError: there is no such file, or it is not a whole safetensors file.
     """
     return SafetensorsSource(path).metadata
+
+
+def map_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of ``path`` mapped into memory; tied names share one tensor.
+
+    A page of the file is read when it is first used, and copied when it is first written to: the
+    file never changes. It may be renamed or unlinked meanwhile, but must not be overwritten.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole safetensors file.
+    """
+    source = SafetensorsSource(path)
+    storage = torch.UntypedStorage.from_file(str(path), False, source.path.stat().st_size)
+    tensors: dict[str, Tensor] = {}
+    for name in source:  # tied names come after the ones they are tied to
+        info, start = source.info(name), source.start(name)
+        if name in source.tied:
+            tensors[name] = tensors[source.tied[name]]
+        elif start % info.dtype.itemsize:  # another writer's: tensors lie at multiples of their size
+            tensors[name] = source[name]
+        else:
+            empty = torch.empty(0, dtype=info.dtype)
+            tensors[name] = empty.set_(storage[start : start + info.nbytes]).view(info.shape)
+    return tensors
 
 
 def _tied_names(path: Path, text: str, stored: Mapping[str, object]) -> dict[str, str]:
