@@ -16,7 +16,7 @@ from fusion.data import seed_from
 from fusion.merging.members import LayerChoice, Members
 from fusion.modelpool import BaseModelPool
 from fusion.training.sampling import Images, sample_images
-from fusion.weights import image_dtype
+from fusion.weights import image_dtype, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def adapt_coefficients(
         loss = values.new_zeros(())
         for task, network in networks.items():
             images = next(streams[task]).to(image_dtype(network))
-            own = {key: t.to(network.get_parameter(key).dtype) for key, t in parameters.items()}
+            own = {key: _like(t, network.get_parameter(key)) for key, t in parameters.items()}
             scores = functional_call(network, own, (images,)).float()
             shares = scores.log_softmax(1)
             loss = loss - (shares.exp() * shares).sum(1).mean()
@@ -121,11 +121,11 @@ def merge_with_coefficients(
     per_layer = coefficients.layers != ("",)
     base, changes, rows, _ = _task_vectors(members, choice, with_head, per_layer, device)
     values = coefficients.values.to(device)
-    state = members.network.state_dict()
+    state = tensors_of(members.network)
     return {
-        key: (base[key] + torch.tensordot(values[rows[key]], changes[key], dims=1)).to(
-            "cpu", state[key].dtype
-        )
+        key: (base[key] + torch.tensordot(values[rows[key]], changes[key], dims=1))
+        .to("cpu", state[key].dtype)
+        .view(state[key].shape)
         for key in base
     }
 
@@ -161,3 +161,7 @@ def _endless(data: Images, batch_size: int, seed: int, device: torch.device) -> 
             device=device,
         )
         turn += 1
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.to(other.dtype).view(other.shape)

@@ -30,7 +30,7 @@ from fusion.merging.members import Members
 from fusion.merging.merge_many import Joined, merge_many
 from fusion.modelpool import BaseModelPool
 from fusion.training.sampling import sample_images
-from fusion.weights import ModuleSource, TensorSource
+from fusion.weights import ModuleSource, TensorSource, tensors_of
 
 ALIGNMENTS = ("weights", "activations", "merge_many")
 
@@ -181,7 +181,7 @@ class AlignmentStage:
         else:
             mean = mean_network(reference, list(experts.values()), statistics="pretrained")
             common = align(reference, mean, spec=spec, seed=self.seed, device=device).model
-        base = common.state_dict() if members.base is not None else None
+        base = tensors_of(common) if members.base is not None else None
         return dataclasses.replace(members, network=common, base=base, experts=experts), records
 
 

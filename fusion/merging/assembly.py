@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fusion.merging.batch_norm import Calibration, recalibrate, repair_mean, statistics_keys
@@ -16,6 +15,7 @@ from fusion.merging.members import LayerChoice, Members
 from fusion.merging.tensors import merge_statistics
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork, resize_head
+from fusion.weights import load_tensors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -64,10 +64,7 @@ class Assembly:
             state |= merge_statistics(self.members, self.choice, self.treatment)
         state |= heads.get("", {})
         resize_head(body, state)
-        current = body.state_dict()
-        with torch.no_grad():
-            for key, tensor in state.items():
-                current[key].copy_(tensor)
+        load_tensors(body, state)
         if self.treatment == "recalibrate" and not own:
             recalibrate(body, self.modelpool, self.fabric, self.calibration)
         elif self.treatment == "repair":
@@ -81,7 +78,7 @@ class Assembly:
         experts = []
         for name in self.members.names:
             expert = self.modelpool.load_model(name)
-            expert.load_state_dict(dict(self.members.experts[name]))
+            load_tensors(expert, self.members.experts[name])
             experts.append(expert)
         repair_mean(
             body, experts, self.modelpool, self.fabric, self.calibration, weights=self.weights

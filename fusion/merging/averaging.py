@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fusion.merging.batch_norm import merged_statistics, statistics_keys
-from fusion.weights import weighted_mean, widened
+from fusion.weights import load_tensors, tensors_of, weighted_mean, widened
 
 
 def mean_network(
@@ -33,12 +33,11 @@ def mean_network(
     """
     weights = [1.0] * len(members) if weights is None else weights
     result = copy.deepcopy(like)
-    state = result.state_dict()
+    state = tensors_of(result)
     fitting = {
         key: tensor
         for key, tensor in state.items()
-        if isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
+        if tensor.is_floating_point()
         and all(member[key].shape == tensor.shape for member in members)
     }
     merged: dict[str, Tensor] = {}
@@ -50,5 +49,5 @@ def mean_network(
     for key in fitting:
         if key not in merged:
             merged[key] = weighted_mean([widened(member[key]) for member in members], weights)
-    result.load_state_dict({**state, **merged})
+    load_tensors(result, merged)
     return result

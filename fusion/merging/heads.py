@@ -13,7 +13,7 @@ from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Head
-from fusion.weights import weighted_mean, working_dtype
+from fusion.weights import tensors_of, weighted_mean, working_dtype
 
 HEADS = ("auto", "pretrained", "union", "tasks")
 Kind = Literal["merged", "pretrained", "union", "tasks"]
@@ -273,7 +273,7 @@ def _label_spaces(
         return {name: space for name, space in known.items() if space is not None}, []
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name in names:
-        state = modelpool.architecture(name).state_dict()
+        state = tensors_of(modelpool.architecture(name))
         shapes[name] = tuple(tuple(state[key].shape) for key in modelpool.head.tensors)
     spaces: dict[str, LabelSpace | _Unknown] = {}
     assumed = []

@@ -15,7 +15,7 @@ from fusion.merging.rule import Piece
 from fusion.modelpool import BaseModelPool
 from fusion.models import Head, Layer, find_layers
 from fusion.models.forward_pass import is_traceable
-from fusion.weights import TensorSource, working_dtype
+from fusion.weights import TensorSource, tensors_of, working_dtype
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Members:
         network = modelpool.load_pretrained_or_first_model()
         return cls(
             network=network,
-            base=network.state_dict() if modelpool.has_pretrained else None,
+            base=tensors_of(network) if modelpool.has_pretrained else None,
             experts={name: modelpool.tensors(name) for name in modelpool.model_names},
             layers=layers_of(network, modelpool),
             head=modelpool.head,
@@ -85,13 +85,11 @@ class Members:
     def parameters(self, layer: Layer) -> tuple[str, ...]:
         """Return the floating-point tensors of a layer, running statistics of batch norm apart."""
         statistics = {key for pair in statistics_keys(self.network, layer.norms) for key in pair}
-        state = self.network.state_dict()
+        state = tensors_of(self.network)
         return tuple(
             key
             for key in layer.tensors
-            if key not in statistics
-            and isinstance(state[key], Tensor)
-            and state[key].is_floating_point()
+            if key not in statistics and key in state and state[key].is_floating_point()
         )
 
     def pieces(
@@ -133,11 +131,17 @@ class Members:
                     key=key,
                     layer=layer,
                     depth=position / last,
-                    base=None if base is None else base.to(device, dtype).contiguous(),
-                    experts=torch.stack([t.detach().to(device, dtype) for t in tensors]),
+                    base=None if base is None else _plain(base, device, dtype),
+                    experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
                     names=self.names,
                     shares=choice.shares[layer.name],
                     statistics=(statistics or {}).get(key, {}),
                     plan=plan,
                     seed=seed_from(seed, "merge"),
                 )
+
+
+def _plain(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as rules see it: contiguous, and a single number as (1,)."""
+    plain = tensor.detach().to(device, dtype).contiguous()
+    return plain if plain.ndim else plain.view(1)

@@ -18,6 +18,7 @@ from fusion.alignment import (
 )
 from fusion.data import seed_from
 from fusion.merging.averaging import mean_network
+from fusion.weights import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def merge_many(
         for index in torch.randperm(len(names), generator=generator).tolist():
             name = names[index]
             others = [current[other] for other in names if other != name]
-            mean = mean_network(others[0], [other.state_dict() for other in others])
+            mean = mean_network(others[0], [tensors_of(other) for other in others])
             step = align(current[name], mean, spec=spec, seed=seed, device=device)
             first.setdefault(name, step.objective_before)
             last[name] = step.objective_after

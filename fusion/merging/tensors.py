@@ -11,7 +11,7 @@ from torch import Tensor
 from fusion.merging.batch_norm import merged_statistics, statistics_keys
 from fusion.merging.members import LayerChoice, Members
 from fusion.merging.rule import Piece, Rule, TaskRule
-from fusion.weights import weighted_mean
+from fusion.weights import tensors_of, weighted_mean
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """State-dict key of a layer's weight (or any tensor) → name → statistics of the experts' data."""
@@ -53,8 +53,12 @@ def merge_parameters(
     merged: dict[str, Tensor] = {}
     for _, of_layer in itertools.groupby(pieces(plan), key=lambda piece: piece.layer.name):
         merged |= merge_layer(rule, of_layer)
-    state = members.network.state_dict()
-    return {key: tensor.to("cpu", state[key].dtype) for key, tensor in merged.items()}
+    state = tensors_of(members.network)
+    return {key: _like(tensor, state[key]) for key, tensor in merged.items()}
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.to("cpu", other.dtype).view(other.shape)  # a rule sees a number as (1,)
 
 
 def merge_layer(rule: Rule, pieces: Iterator[Piece] | Sequence[Piece]) -> dict[str, Tensor]:
@@ -104,13 +108,13 @@ def separate_parameters(
         return members.pieces(choice, with_head=with_head, device=device, seed=seed, plan=plan)
 
     plan = rule.prepare(pieces)
-    state = members.network.state_dict()
+    state = tensors_of(members.network)
     found: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
     for piece in pieces(plan):
         each = dict(zip(piece.names, rule.separate(piece), strict=True))
         for task, names in tasks.items():
             mean = weighted_mean([each[name] for name in names])
-            found[task][piece.key] = mean.to("cpu", state[piece.key].dtype)
+            found[task][piece.key] = _like(mean, state[piece.key])
     return found
 
 
@@ -122,7 +126,7 @@ def merge_statistics(members: Members, choice: LayerChoice, kind: str) -> dict[s
         choice: which layers, and the experts' shares.
         kind: ``merge`` or ``interpolate``, see `merged_statistics`.
     """
-    state = members.network.state_dict()
+    state = tensors_of(members.network)
     merged: dict[str, Tensor] = {}
     for layer in members.layers:
         if layer.name not in choice:

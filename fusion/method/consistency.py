@@ -15,7 +15,7 @@ from fusion.files import write_text
 from fusion.merging.members import Members
 from fusion.method.base import BaseAlgorithm
 from fusion.models import MultiTaskNetwork
-from fusion.weights import ModuleSource, TensorSource
+from fusion.weights import ModuleSource, TensorSource, tensors_of
 from fusion.weights.task_vectors import sum_task_vectors
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def common_tensors(
     Parameters only, unless ``buffers``. What is shared counts once.
     """
     named = dict(model.named_parameters())
-    state = model.state_dict()
+    state = tensors_of(model)
     if buffers:
         named |= {name: value for name, value in model.named_buffers() if name in state}  # type: ignore[misc]
     return [

@@ -22,6 +22,7 @@ from fusion.merging.heads import plan_heads
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
 from fusion.taskpool import ClassificationTaskPool
+from fusion.weights import tensors_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,7 +176,7 @@ class InterpolationBarrier(BaseAlgorithm):
         weights = [1 - t, t]
         between = mean_network(
             first,
-            [first.state_dict(), second.state_dict()],
+            [tensors_of(first), tensors_of(second)],
             weights,
             statistics="merge" if treatment == "merge" else "interpolate",
         )

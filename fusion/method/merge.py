@@ -21,8 +21,9 @@ from fusion.merging.tensors import merge_parameters, separate_parameters
 from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
+from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
-from fusion.weights import normalised_weights
+from fusion.weights import exact_device, normalised_weights
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,8 @@ class Merge(BaseAlgorithm):
             )
         self._check_needs(modelpool)
         modelpool.preflight()
+        for name in modelpool.model_names:
+            require_mergeable(name, modelpool.architecture(name))
         self.shares(modelpool.model_names)
         plan_heads(modelpool, self.head)
         model = modelpool.architecture(modelpool.pretrained_or_first_name)
@@ -231,7 +234,7 @@ class Merge(BaseAlgorithm):
         state: dict[str, Tensor] = {}
         options: dict[str, Any] = {
             "with_head": plan.head_is_a_layer,
-            "device": self.fabric.device,
+            "device": exact_device(self.fabric.device),
             "seed": self.seed,
         }
         with self.profile("merge layers"):

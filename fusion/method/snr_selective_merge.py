@@ -27,6 +27,7 @@ from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Layer
 from fusion.spectrum import layer_snr
 from fusion.spectrum.noise_model import SigmaRule, ThresholdRule
+from fusion.weights import exact_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +218,7 @@ class SNRSelectiveMerge(Merge):
         scorer = LayerScorer(
             None if self.scoring == "notebook" else self._snr,
             with_task_vectors=self.rank_by == "task_vector",
-            device=self.fabric.device,
+            device=exact_device(self.fabric.device),
             progress=self.progress,
         )
         self._records = scorer.score(members, with_head=plan.head_is_a_layer)

@@ -17,7 +17,7 @@ from fusion.errors import UserError
 from fusion.files import require_writable_folder
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
-from fusion.weights import ModuleSource, TensorInfo, TensorSource, trainable_state_dict
+from fusion.weights import ModuleSource, TensorInfo, TensorSource, tensors_of, trainable_state_dict
 from fusion.weights.positions import draw_positions
 from fusion.weights.task_vectors import TaskVectorSums, sample_task_vectors, sum_task_vectors
 
@@ -271,7 +271,7 @@ def compared_tensors(modelpool: BaseModelPool, *, trainable_only: bool) -> Compa
 
     infos: dict[str, TensorInfo] = {}
     left_out: dict[str, str] = {}
-    for name in architecture.state_dict():
+    for name in tensors_of(architecture):
         info = base.info(name)
         misfit = _misfit(name, info, members)
         if name not in once:

@@ -16,10 +16,11 @@ from fusion.labels import LabelSpace
 from fusion.modelpool.member import Entry, Member, ModuleMember, as_member
 from fusion.modelpool.network_file import save_network
 from fusion.modelpool.preflight import check_alike, check_entries, check_finite, raise_all
+from fusion.modelpool.soundness import require_sound, unwrapped
 from fusion.models import Head, find_head
 from fusion.models.forward_pass import is_traceable
 from fusion.target import is_target
-from fusion.weights import TensorSource
+from fusion.weights import TensorSource, tensors_of
 
 PRETRAINED = "_pretrained_"
 SPLITS = ("train", "val", "test")
@@ -136,8 +137,9 @@ class BaseModelPool:
         Raises:
             UserError: there is none, it cannot be built, or a weight of it is not finite.
         """
-        model = self.entry(name).build()
-        self._require_finite(name, model.state_dict())
+        model = unwrapped(self.entry(name).build())
+        require_sound(name, model)
+        self._require_finite(name, tensors_of(model))
         return model
 
     def load_pretrained_model(self) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.models import Head, find_head, select_rows
+from fusion.weights import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def inherit(
     Raises:
         UserError: the bodies differ, or rows were asked for that the parent does not have.
     """
-    fresh = model.state_dict()
+    fresh = tensors_of(model)
     found = find_head(model, named=named_head)
     _check_body(parent, fresh, found, parent_name)
     rows = None if known is None or wanted is None else known.positions(wanted)

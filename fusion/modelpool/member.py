@@ -18,6 +18,7 @@ from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import digest_tensors
+from fusion.modelpool.soundness import deep_copy, require_sound, unwrapped
 from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate
 from fusion.weights import ModuleSource, TensorSource
@@ -148,17 +149,19 @@ class Entry:
 class ModuleMember(Member):
     """A network that is already there. What the pool hands out are copies of it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, name: str = "model") -> None:
+        self._module = unwrapped(module)
+        self._name = name
+        require_sound(name, self._module)
 
     def build(self, entry: Entry | None = None) -> nn.Module:
         """Return a deep copy: no algorithm can change what the user passed in."""
         del entry
-        return copy.deepcopy(self._module)
+        return deep_copy(self._name, self._module)
 
     def architecture(self) -> nn.Module:
         """Return a copy on the meta device; the weights themselves are never copied."""
-        return without_values(self._module)
+        return deep_copy(self._name, self._module, values=False)
 
     def stored(self, entry: Entry | None = None) -> TensorSource:
         """Return the module's own tensors."""
@@ -194,7 +197,7 @@ def as_member(name: str, value: object) -> Member:
     if isinstance(value, Member):
         return value
     if isinstance(value, nn.Module):
-        return ModuleMember(value)
+        return ModuleMember(value, name)
     if isinstance(value, Mapping):
         if not is_target(value):
             raise UserError(
@@ -232,7 +235,7 @@ def build_architecture(architecture: Architecture) -> nn.Module:
 def on_meta(architecture: Architecture) -> nn.Module:
     """Make a network's structure on the meta device, where tensors have shapes but no values."""
     if isinstance(architecture, nn.Module):
-        return ModuleMember(architecture).architecture()
+        return without_values(architecture)
     if isinstance(architecture, Mapping):
         architecture = without_pretrained_weights(architecture)
     try:
@@ -242,7 +245,7 @@ def on_meta(architecture: Architecture) -> nn.Module:
         # Some constructors compute on their fresh weights, which the meta device cannot do.
         made = build_architecture(architecture)
     bare = all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
-    return made if bare else ModuleMember(made).architecture()
+    return made if bare else without_values(made)
 
 
 class WithoutRandomValues(TorchFunctionMode):

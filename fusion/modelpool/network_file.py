@@ -14,7 +14,7 @@ from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import canonical
 from fusion.models import MultiTaskNetwork
-from fusion.weights import save_safetensors
+from fusion.weights import save_safetensors, tensors_of
 
 ARCHITECTURE = "architecture"  # metadata: mapping with _target_, as JSON
 HEAD = "head"  # metadata: state-dict keys whose shape may differ from the architecture's, as JSON
@@ -71,9 +71,9 @@ def save_network(
 def file_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a network under the names that they have in a file."""
     if not isinstance(model, MultiTaskNetwork):
-        return dict(model.state_dict())
+        return tensors_of(model)
     own = set(model.own_keys())
-    states = {task: model.for_task(task).state_dict() for task in model.tasks}
+    states = {task: tensors_of(model.for_task(task)) for task in model.tasks}
     first = next(iter(states.values()))
     tensors = {key: tensor for key, tensor in first.items() if key not in own}
     for task, state in states.items():

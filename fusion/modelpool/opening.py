@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusion.errors import UserError, shown
 from fusion.modelpool.fitting import Fit, find_fit, is_counter
@@ -18,6 +18,7 @@ from fusion.weights import (
     load_pickled,
     require_dense,
     state_dicts,
+    tensors_of,
 )
 
 _SAFETENSORS = ".safetensors"
@@ -119,9 +120,7 @@ def open_fitting(path: Path, expected: Mapping[str, TensorInfo], *, key: str | N
 def infos(model: nn.Module) -> dict[str, TensorInfo]:
     """Return shape and dtype of everything that a file must hold for ``model``."""
     return {
-        key: TensorInfo(tuple(value.shape), value.dtype)
-        for key, value in model.state_dict().items()
-        if isinstance(value, Tensor)
+        key: TensorInfo(tuple(value.shape), value.dtype) for key, value in tensors_of(model).items()
     }
 
 
@@ -130,7 +129,7 @@ def fill(model: nn.Module, source: TensorSource) -> None:
 
     Counters of batch norm that ``source`` does not have stay as they are.
     """
-    for key, tensor in model.state_dict().items():
+    for key, tensor in tensors_of(model).items():
         if key not in source and is_counter(key):
             continue
         if tensor.is_contiguous():

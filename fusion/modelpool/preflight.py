@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion.errors import UserError
 from fusion.modelpool.member import Entry
 from fusion.models import Head, MultiTaskNetwork
-from fusion.weights import TensorSource
+from fusion.weights import TensorSource, tensors_of
 
 _FINITE = "weights must be finite; leave the model out or repair it"
 _SHOWN = 3  # tensors named in an error before the rest is counted
@@ -37,7 +37,7 @@ def check_alike(
         head: the tensors whose shapes may differ.
     """
     base = entries[reference].architecture()
-    expected = base.state_dict()
+    expected = tensors_of(base)
     label = "the pretrained model" if reference.startswith("_") else f"'{reference}'"
     lines: list[str] = []
     for name in names:
@@ -49,7 +49,7 @@ def check_alike(
                 f"'{name}' has a head for each of {', '.join(network.tasks)}; a pool's members "
                 f"have one head each: write one task to a file of its own first"
             ]
-        lines += _of(f"expert '{name}'", _differences(network.state_dict(), expected, head, label))
+        lines += _of(f"expert '{name}'", _differences(tensors_of(network), expected, head, label))
     return _with_rule(lines, "a pool's members must share one architecture up to the head")
 
 

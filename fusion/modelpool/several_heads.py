@@ -11,7 +11,7 @@ from fusion.errors import UserError, shown
 from fusion.labels import LabelSpace
 from fusion.modelpool.network_file import OWN
 from fusion.models import MultiTaskNetwork
-from fusion.weights import SafetensorsSource
+from fusion.weights import SafetensorsSource, tensors_of
 
 
 def assemble_tasks(
@@ -32,7 +32,7 @@ def assemble_tasks(
         UserError: the tensors do not fit the architecture.
     """
     shared, own = _apart(path, tensors, tasks)
-    expected = body.state_dict()
+    expected = tensors_of(body)
     for task, state in own.items():
         missing = [key for key in expected if key not in shared and key not in state]
         odd = [key for key in (*shared, *state) if key not in expected]

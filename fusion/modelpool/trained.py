@@ -35,8 +35,10 @@ from fusion.weights import (
     SafetensorsSource,
     TensorSource,
     load_safetensors,
+    load_tensors,
     read_metadata,
     save_safetensors,
+    tensors_of,
 )
 
 log = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class TrainedModel(Member):
             if self._kept(entry) is None:
                 require_writable_folder(self._cache_dir, "cache_dir")
                 if entry.parent is not None:
-                    self._inherited(entry, entry.parent.architecture().state_dict(), on_meta)
+                    self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
         except UserError as error:
             lines.append(f"model '{entry.name}': {error}")
         return lines
@@ -152,7 +154,7 @@ class TrainedModel(Member):
         assert self.architecture_spec is not None
         with WithoutRandomValues():
             model = build_architecture(self.architecture_spec)
-        model.load_state_dict(load_safetensors(self._trained(self._placed(entry))))
+        load_tensors(model, load_safetensors(self._trained(self._placed(entry))))
         return model
 
     def labels(self, entry: Entry | None = None) -> LabelSpace | None:
@@ -256,8 +258,8 @@ class TrainedModel(Member):
             torch.manual_seed(seed)
             model = build_architecture(self.architecture_spec)
         if entry.parent is not None:
-            parent = entry.parent.build().state_dict()
-            model.load_state_dict(self._inherited(entry, parent, lambda _: model))
+            parent = tensors_of(entry.parent.build())
+            load_tensors(model, self._inherited(entry, parent, lambda _: model))
         # One process of its own, whatever the run uses: the recipe alone decides the weights.
         fabric = Fabric(
             accelerator=self._accelerator,
@@ -289,7 +291,7 @@ class TrainedModel(Member):
         labels = label_space(data)
         if labels is not None:
             metadata["labels"] = labels.to_json()
-        return {key: value.cpu() for key, value in model.state_dict().items()}, metadata
+        return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
     def _inherited(
         self, entry: Entry, parent: Mapping[str, Tensor], make: Any

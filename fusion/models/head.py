@@ -15,6 +15,7 @@ from fusion.errors import UserError, suggestion
 from fusion.models.forward_pass import LAYER_FUNCTIONS, symbolic_graph
 from fusion.models.layer import is_layer
 from fusion.models.layers import find_layers, without_values
+from fusion.weights import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def find_head(
         found = set(_named(model, last))
     elif any(not layer.reached for layer in find_layers(model, example_input)):
         found |= _traced(bare.train()) or set()
-    return Head(tuple(key for key in model.state_dict() if key in found))
+    return Head(tuple(key for key in tensors_of(model) if key in found))
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:

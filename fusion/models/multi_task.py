@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError, suggestion
 from fusion.labels import LabelSpace
 from fusion.models.head_rows import resize_head
+from fusion.weights import load_tensors, tensors_of
 
 
 class MultiTaskNetwork(nn.Module):
@@ -78,9 +79,7 @@ class MultiTaskNetwork(nn.Module):
             if id(state) not in made:
                 network = _copy_apart_from_shared(shared, state)
                 resize_head(network, state)
-                current = network.state_dict(keep_vars=True)
-                for key, tensor in state.items():
-                    current[key].data.copy_(tensor)
+                load_tensors(network, state)
                 made[id(state)] = network
             networks[task] = made[id(state)]
         return cls(networks, labels)
@@ -123,9 +122,18 @@ class MultiTaskNetwork(nn.Module):
 
     def own_keys(self) -> tuple[str, ...]:
         """Return the state-dict keys, within a task's network, of what is not shared by all."""
-        states = [network.state_dict(keep_vars=True) for network in self.networks]
+        states = [
+            {
+                **dict(network.named_parameters(remove_duplicate=False)),
+                **dict(network.named_buffers(remove_duplicate=False)),
+            }
+            for network in self.networks
+        ]
+        first = self.networks[0]
         return tuple(
-            key for key in states[0] if any(state[key] is not states[0][key] for state in states)
+            key
+            for key in tensors_of(first)
+            if any(state[key] is not states[0][key] for state in states)
         )
 
 

@@ -74,7 +74,7 @@ def recalibrate_batch_norm(
         _log.info("No batch norm with running statistics in %s", type(model).__name__)
         return 0
     check_enough_images(data, "recalibrate")
-    device = device or next(model.parameters()).device
+    device = device or next(t.device for t in (*model.parameters(), *model.buffers()))
     sample = sample_images(
         data,
         images=images,

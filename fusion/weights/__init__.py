@@ -19,6 +19,8 @@ from fusion.weights.source import (
     StateDictSource,
     TensorInfo,
     TensorSource,
+    load_tensors,
+    tensors_of,
 )
 from fusion.weights.spherical import slerp, spherical_mean
 from fusion.weights.state_dict import (
@@ -48,6 +50,7 @@ __all__ = [
     "lerp",
     "load_pickled",
     "load_safetensors",
+    "load_tensors",
     "normalised_weights",
     "read_metadata",
     "require_dense",
@@ -62,6 +65,7 @@ __all__ = [
     "state_dict_to_vector",
     "state_dict_weighted_sum",
     "state_dicts",
+    "tensors_of",
     "ties",
     "trainable_state_dict",
     "trim",

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusion.errors import UserError
-
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -127,22 +125,35 @@ class StateDictSource(TensorSource):
         return len(self._tensors)
 
 
-class ModuleSource(StateDictSource):
-    """The state dict of a module as a source; it shows the module's own tensors, not copies.
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module by their state-dict keys.
 
-    Raises:
-        UserError: the module keeps extra state that is not a tensor.
+    What else a state dict may hold (extra state of any kind, packed weights of quantised layers)
+    has no mean and no norm: it stays with the module that it belongs to.
     """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    named |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+    return {key: tensor for key, tensor in module.state_dict().items() if key in named}
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the parameters and buffers of a module, in place.
+
+    Args:
+        module: the module; keys that are missing from ``tensors`` keep their values.
+        tensors: state-dict keys and tensors, of the module's shapes.
+    """
+    current = tensors_of(module)
+    for key, tensor in tensors.items():
+        current[key].copy_(tensor)
+
+
+class ModuleSource(StateDictSource):
+    """The tensors of a module as a source; it shows the module's own, not copies."""
 
     def __init__(self, module: nn.Module) -> None:
-        state = module.state_dict()
-        for name, tensor in state.items():
-            if not isinstance(tensor, Tensor):
-                raise UserError(
-                    f"'{name}' of {type(module).__name__} is extra state of the type "
-                    f"{type(tensor).__name__}; only tensors can be merged"
-                )
-        super().__init__(state)
+        super().__init__(tensors_of(module))
 
 
 class RenamedSource(TensorSource):
