@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fusion.errors import UserError
 
+MODEL = "merged.safetensors"  # the result of a merge, in the folder of its run
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:

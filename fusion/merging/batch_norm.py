@@ -28,6 +28,7 @@ TREATMENTS = (
     "auto",
 )
 _WITH_IMAGES = ("recalibrate", "recalibrate_per_task", "repair")
+WITHOUT_IMAGES = ("pretrained", "merge", "interpolate")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ from fusion.weights.precision import exact_device, image_dtype, widened, working
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
+    map_safetensors,
     read_metadata,
     save_safetensors,
 )
+from fusion.weights.safetensors_writer import SafetensorsWriter, writing_safetensors
 from fusion.weights.source import (
+    ConvertedSource,
     ModuleSource,
     RenamedSource,
     StateDictSource,
@@ -38,9 +41,11 @@ from fusion.weights.state_dict import (
 from fusion.weights.ties_merging import ties, trim
 
 __all__ = [
+    "ConvertedSource",
     "ModuleSource",
     "RenamedSource",
     "SafetensorsSource",
+    "SafetensorsWriter",
     "StateDict",
     "StateDictSource",
     "TensorInfo",
@@ -51,6 +56,7 @@ __all__ = [
     "load_pickled",
     "load_safetensors",
     "load_tensors",
+    "map_safetensors",
     "normalised_weights",
     "read_metadata",
     "require_dense",
@@ -73,4 +79,5 @@ __all__ = [
     "weighted_mean",
     "widened",
     "working_dtype",
+    "writing_safetensors",
 ]

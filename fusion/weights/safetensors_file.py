@@ -178,7 +178,7 @@ def map_safetensors(path: str | Path) -> dict[str, Tensor]:
         info, start = source.info(name), source.start(name)
         if name in source.tied:
             tensors[name] = tensors[source.tied[name]]
-        elif start % info.dtype.itemsize:  # another writer's: tensors lie at multiples of their size
+        elif start % info.dtype.itemsize:  # as other writers may have it
             tensors[name] = source[name]
         else:
             empty = torch.empty(0, dtype=info.dtype)

@@ -134,7 +134,7 @@ def make_header(
         infos: shape and dtype of the tensors.
         metadata: strings to keep with them.
     """
-    # The library decides the order: it is asked by tensors of these names and dtypes that are empty.
+    # The library decides the order; it is asked by empty tensors of these names and dtypes.
     empty = {name: torch.empty(0, dtype=info.dtype) for name, info in infos.items()}
     written = save(empty)
     names = json.loads(written[LENGTH_BYTES:])

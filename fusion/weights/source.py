@@ -93,10 +93,21 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 class StateDictSource(TensorSource):
-    """Tensors that are already there as a source; it shows these tensors, not copies."""
+    """Tensors that are already there as a source; it shows these tensors, not copies.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    Args:
+        tensors: name → tensor.
+        on_disk: whether they are mapped from a file, which is read where they are.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, on_disk: bool = False) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._on_disk = on_disk
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether they are mapped from a file."""
+        return self._on_disk
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
@@ -125,15 +136,21 @@ class StateDictSource(TensorSource):
         return len(self._tensors)
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by their state-dict keys.
 
     What else a state dict may hold (extra state of any kind, packed weights of quantised layers)
     has no mean and no norm: it stays with the module that it belongs to.
+
+    Args:
+        module: the module.
+        keep_vars: return the parameters themselves, by which tied ones are known, rather than
+            tensors that share their values.
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     named |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
-    return {key: tensor for key, tensor in module.state_dict().items() if key in named}
+    state = module.state_dict(keep_vars=keep_vars)
+    return {key: tensor for key, tensor in state.items() if key in named}
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class RowSums:
         """Add a tensor (n, …), or the next part of one, to the sums of its n rows."""
         rows = rows.reshape(len(rows), -1)
         whole = rows.shape[1] // CHUNK * CHUNK
-        sums = rows[:, :whole].unflatten(1, (-1, CHUNK)).sum(2, dtype=torch.float64)
+        sums = rows[:, :whole].reshape(len(rows), -1, CHUNK).sum(2, dtype=torch.float64)
         if whole < rows.shape[1]:
             rest = rows[:, whole:].sum(1, keepdim=True, dtype=torch.float64)
             sums = torch.cat([sums, rest], dim=1)

@@ -1,0 +1,49 @@
+"""Whether a merge can go from file to file, and whether that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fusion.merging.batch_norm import WITHOUT_IMAGES
+from fusion.merging.rule import Need, Rule
+from fusion.modelpool import BaseModelPool
+
+# Smaller networks fit any memory, and reading them whole takes no time.
+STREAMED_FROM = 256 << 20
+_DATA = {Need.IMAGES, Need.LABELS, Need.GRADIENTS}
+
+
+def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str) -> list[str]:
+    """Return what keeps a pool from being merged block by block, a clause each.
+
+    Args:
+        modelpool: base and experts.
+        rule: how one tensor is merged.
+        treatment: of the running statistics of batch norm.
+    """
+    found = []
+    name = type(rule).__name__
+    if not rule.elementwise or rule.affine:
+        found.append(f"{name} needs whole tensors")
+    if _DATA & rule.needs or rule.statistics:
+        found.append(f"{name} needs images")
+    if treatment not in WITHOUT_IMAGES:
+        found.append(f"batch_norm={treatment} needs the network in memory")
+    for member in _merged(modelpool):
+        source = modelpool.stored(member)
+        if source is None or not source.on_disk:
+            found.append(f"the model '{member}' is no file")
+    if not found and modelpool.unfilled(modelpool.pretrained_or_first_name) is None:
+        found.append("the network cannot be built without its weights")
+    return found
+
+
+def stored_bytes(modelpool: BaseModelPool) -> int:
+    """Return the size of all weights that are merged, as far as they are stored."""
+    sources = [modelpool.stored(member) for member in _merged(modelpool)]
+    return sum(s.info(key).nbytes for s in sources if s is not None for key in s)
+
+
+def _merged(modelpool: BaseModelPool) -> Iterator[str]:
+    """Yield the names of the base, or the first expert, and of all experts."""
+    yield from dict.fromkeys((modelpool.pretrained_or_first_name, *modelpool.model_names))
