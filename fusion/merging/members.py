@@ -197,22 +197,51 @@ class Members:
             plan: what the rule made of the whole network.
         """
         for chosen in self.chosen(choice, with_head=with_head):
-            key = chosen.key
-            tensors = [self.experts[name][key] for name in self.names]
-            base = None if self.base is None else self.base[key]
-            dtype = working_dtype([*tensors, *([] if base is None else [base])])
-            yield Piece(
-                key=key,
-                layer=chosen.layer,
-                depth=chosen.depth,
-                base=None if base is None else _plain(base, device, dtype),
-                experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
-                names=self.names,
-                shares=chosen.shares,
-                statistics=(statistics or {}).get(key, {}),
-                plan=plan,
-                seed=seed_from(seed, "merge"),
-            )
+            found = (statistics or {}).get(chosen.key, {})
+            yield self.piece(chosen, device=device, seed=seed, statistics=found, plan=plan)
+
+    def piece(
+        self,
+        chosen: Chosen,
+        *,
+        device: torch.device | str,
+        seed: int,
+        statistics: Mapping[str, Tensor] | None = None,
+        plan: object = None,
+        part: tuple[int, int] | None = None,
+    ) -> Piece:
+        """Return a tensor that is merged, as a rule receives it.
+
+        Args:
+            chosen: the tensor.
+            device, seed, plan: see :meth:`pieces`.
+            statistics: name → statistics of the experts' data.
+            part: where the wanted part of the tensor begins and ends, counted in C order; only of
+                members that were opened. A part is flat.
+        """
+        tensors = [_read(self.experts[name], chosen.key, part) for name in self.names]
+        base = None if self.base is None else _read(self.base, chosen.key, part)
+        dtype = working_dtype([*tensors, *([] if base is None else [base])])
+        return Piece(
+            key=chosen.key,
+            layer=chosen.layer,
+            depth=chosen.depth,
+            base=None if base is None else _plain(base, device, dtype),
+            experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
+            names=self.names,
+            shares=chosen.shares,
+            statistics=statistics or {},
+            plan=plan,
+            seed=seed_from(seed, "merge"),
+            start=0 if part is None else part[0],
+        )
+
+
+def _read(source: Mapping[str, Tensor], key: str, part: tuple[int, int] | None) -> Tensor:
+    if part is None:
+        return source[key]
+    assert isinstance(source, TensorSource)
+    return source.read(key, *part)
 
 
 def _plain(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:

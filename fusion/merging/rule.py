@@ -144,7 +144,8 @@ class Piece:
 Pieces = Callable[[], Iterator[Piece]]
 """Calling it walks through the tensors of the network in forward order, one in memory at a time.
 
-They are whole and have the statistics that the rule asks for, but no plan yet.
+They are whole, unless the rule ``prepares_in_parts``, and have the statistics that the rule asks
+for, but no plan yet.
 """
 
 
@@ -155,7 +156,7 @@ class Rule(ABC):
     :meth:`merge` for each of them (or :meth:`merge_affine`, for a rule that is ``affine``).
     Floating-point parameters pass through a rule; running statistics and integer buffers do not.
 
-    The four properties say what the pipeline must bring. A subclass overrides them by plain class
+    The properties say what the pipeline must bring. A subclass overrides them by plain class
     attributes, such as ``elementwise = True``; a rule that wraps another one passes its on.
     """
 
@@ -175,6 +176,15 @@ class Rule(ABC):
 
         The operands are the base, the experts and statistics of their shape; ``plan`` may say
         anything. Long tensors are then merged in parts, each with its ``start``.
+        """
+        return False
+
+    @property
+    def prepares_in_parts(self) -> bool:
+        """Whether :meth:`prepare`, too, may be given long tensors in parts.
+
+        A merge from file to file then needs memory for parts only. What :meth:`prepare` returns
+        must not depend on the parts, not even by rounding.
         """
         return False
 

@@ -39,12 +39,13 @@ def write_network(
     """Merge the members of a pool of files into a file, and return the network in it.
 
     The file is the one that :meth:`fusion.modelpool.BaseModelPool.save_model` would have written of
-    ``assembly``'s network. What passes through the rule and what is copied takes memory for blocks
-    only; heads that are no layers, and running statistics, are made whole.
+    ``assembly``'s network. What passes through an elementwise rule and what is copied takes memory
+    for blocks only; another rule takes whole tensors, one at a time; heads that are no layers, and
+    running statistics, are made in memory.
 
     Args:
         assembly: its members are opened, not read (:meth:`fusion.merging.members.Members.open`).
-        rule: how one tensor is merged; elementwise, without statistics.
+        rule: how one tensor is merged; without data, and not affine.
         path: the file; it appears whole or not at all.
         metadata: further strings to keep in it.
         device: where to compute.
@@ -77,11 +78,11 @@ def write_network(
         kept.name: TensorInfo(tuple(kept.tensor.shape), kept.tensor.dtype) for kept, *_ in entries
     }
     tied = {other.name: kept.name for kept, *others in entries for other in others}
-    stream = Stream(members, device=device, seed=seed)
+    stream = Stream(members, rule, device=device, seed=seed)
     try:
-        plan = stream.prepare(rule, chosen)
+        plan = stream.prepare(chosen)
         with writing_safetensors(path, infos, notes, tied=tied) as writer:
-            stream.write(writer, rule, contents, plan)
+            stream.write(writer, contents, plan)
     except MemberNotFiniteError as error:
         pool.preflight()  # reads all weights, and says which are not
         raise not_finite(str(error), path) from None  # finite in the file's dtype alone

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fusion.merging.batch_norm import WITHOUT_IMAGES
 from fusion.merging.rule import Need, Rule
 from fusion.modelpool import BaseModelPool
+from fusion.weights import ModuleSource
 
 # Smaller networks fit any memory, and reading them whole takes no time.
 STREAMED_FROM = 256 << 20
@@ -14,7 +15,7 @@ _DATA = {Need.IMAGES, Need.LABELS, Need.GRADIENTS}
 
 
 def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str) -> list[str]:
-    """Return what keeps a pool from being merged block by block, a clause each.
+    """Return what keeps a pool from being merged from file to file: a clause each, with its cure.
 
     Args:
         modelpool: base and experts.
@@ -23,18 +24,24 @@ def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str)
     """
     found = []
     name = type(rule).__name__
-    if not rule.elementwise or rule.affine:
-        found.append(f"{name} needs whole tensors")
     if _DATA & rule.needs or rule.statistics:
-        found.append(f"{name} needs images")
+        found.append(
+            f"{name} looks at the experts' images, through whole networks (choose another rule)"
+        )
+    elif rule.affine:
+        found.append(f"{name} merges weight and bias together (choose another rule)")
     if treatment not in WITHOUT_IMAGES:
-        found.append(f"batch_norm={treatment} needs the network in memory")
-    for member in _merged(modelpool):
-        source = modelpool.stored(member)
-        if source is None or not source.on_disk:
-            found.append(f"the model '{member}' is no file")
+        found.append(f"batch_norm={treatment} runs the result on images (choose batch_norm=merge)")
+    stored = {member: modelpool.stored(member) for member in _merged(modelpool)}
+    if names := [n for n, s in stored.items() if s is None or isinstance(s, ModuleSource)]:
+        found.append(
+            f"what is in memory cannot be read from a file: {', '.join(names)} (save it, and give "
+            f"the pool a fusion.modelpool.Checkpoint)"
+        )
     if not found and modelpool.unfilled(modelpool.pretrained_or_first_name) is None:
-        found.append("the network cannot be built without its weights")
+        found.append(
+            f"the file of the model '{modelpool.pretrained_or_first_name}' holds several heads"
+        )
     return found
 
 

@@ -1,17 +1,17 @@
-"""Merge tensors block by block, from the members' files into another one: memory for blocks only.
+"""Merge tensors from the members' files into another one: memory for a few of their parts only.
 
-A rule that is elementwise may merge a long tensor in parts. Here a part is read from every member's
-file, merged, and written to its place in the result's file; threads, one for each core, work at
-different parts, so that one reads or writes while another computes. What is held at a time is a
-block of each member, and what the rule makes of it, for each thread.
+An elementwise rule merges a long tensor in blocks. A block is read from every member's file,
+merged, and written to its place in the result's file; threads, one for each core, work at different
+blocks, so that one reads or writes while another computes. Any other rule merges whole tensors, one
+at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,18 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion.data import seed_from
 from fusion.merging.members import Chosen, Members
 from fusion.merging.rule import Piece, Rule, TaskRule
 from fusion.weights import SafetensorsWriter, TensorSource, weighted_mean, working_dtype
-from fusion.weights.sums import CHUNK
 from fusion.weights.threads import threads_over_blocks
 
 # Entries of a block: half a megabyte of float32 for each member. Fewer cost more calls than work,
-# more do not fit the cache. Sums over a network are the same for every multiple of CHUNK.
-BLOCK = 128 * CHUNK
+# more do not fit the cache.
+BLOCK = 1 << 17
 MOST_THREADS = 8  # more do not write faster, and each has blocks of its own
-AHEAD = 2  # blocks that are read before they are asked for
 
 
 class MemberNotFiniteError(Exception):
@@ -74,12 +71,13 @@ class Contents:
 
 
 class Stream:
-    """The members of a pool of files, read block by block.
+    """The members of a pool of files, merged by a rule into a file.
 
-    Each entry of each member is checked to be finite when it is first read.
+    Each entry of each member is checked to be finite when it is read.
 
     Args:
         members: opened, not read.
+        rule: how one tensor is merged.
         device: where to compute.
         seed: of everything random.
     """
@@ -87,6 +85,7 @@ class Stream:
     def __init__(
         self,
         members: Members,
+        rule: Rule,
         *,
         device: torch.device | str = "cpu",
         seed: int = 0,
@@ -95,26 +94,30 @@ class Stream:
             raise ValueError("only members that were opened, not read, can be streamed")
         self._members = members
         self._stored = members.stored
-        self._device = torch.device(device)
-        self._seed = seed_from(seed, "merge")
-        self._finite: set[str] = set()  # chosen tensors that were read to their end
+        self._rule = rule
+        self._device = device
+        self._seed = seed
 
-    def prepare(self, rule: Rule, chosen: Sequence[Chosen]) -> Any:
-        """Return what a rule makes of the whole network.
+    def prepare(self, chosen: Sequence[Chosen]) -> Any:
+        """Return what the rule makes of the whole network.
 
         Raises:
             MemberNotFiniteError: a member has entries that are not.
         """
-        return rule.prepare(partial(self._walk, chosen))
+        in_parts = self._rule.elementwise and self._rule.prepares_in_parts
 
-    def write(
-        self, writer: SafetensorsWriter, rule: Rule, contents: Contents, plan: object
-    ) -> None:
+        def pieces() -> Iterator[Piece]:
+            for tensor in chosen:
+                for part in self._parts(tensor, in_parts):
+                    yield self._piece(tensor, part)
+
+        return self._rule.prepare(pieces)
+
+    def write(self, writer: SafetensorsWriter, contents: Contents, plan: object) -> None:
         """Fill the result's file.
 
         Args:
             writer: the file.
-            rule: how a tensor is merged.
             contents: everything in the file.
             plan: what the rule made of the whole network.
 
@@ -123,108 +126,76 @@ class Stream:
             ResultNotFiniteError: the result has some.
         """
         places = {name: place for place, name in enumerate(writer)}
-        jobs: list[tuple[int, partial[None]]] = []
-        for target in contents.merged:
-            check = target.chosen.key not in self._finite
-            for start, stop in _blocks(self._stored, target.chosen.key):
-                job = partial(self._merge, writer, rule, target, plan, start, stop, check)
-                jobs.append((places[target.names[0]], job))
-        for name, key in contents.copied.items():
-            for start, stop in _blocks(self._stored, key):
-                jobs.append((places[name], partial(self._copy, writer, name, key, start, stop)))
-        for name, tensor in contents.made.items():
-            jobs.append((places[name], partial(_write, writer, name, 0, tensor.reshape(-1))))
-        # What nothing is made of has to be finite, too.
-        read = {target.chosen.key for target in contents.merged}
-        sources = list(self._members.experts.values())
-        if self._members.base is not None:
-            sources.append(self._stored)
-        for source in sources:
-            rest = source.keys() - read
-            if source is self._stored:
-                rest -= set(contents.copied.values())
-            for key in sorted(rest):
-                for start, stop in _blocks(source, key):
-                    jobs.append((len(places), partial(_check, source, key, start, stop)))
-        jobs.sort(key=lambda job: job[0])
-        with threads_over_blocks(self._device, most=MOST_THREADS) as each:
+        jobs = list(self._jobs(writer, contents, plan))
+        # Writing is fastest in the order of the file; what is only checked comes last.
+        jobs.sort(key=lambda job: places.get(job[0], len(places)))
+        # Whole tensors are worked on by torch's own threads, as they are in memory.
+        threads = (
+            threads_over_blocks(self._device, most=MOST_THREADS)
+            if self._rule.elementwise
+            else nullcontext(map)
+        )
+        with threads as each:
             deque(each(_call, (job for _, job in jobs)), maxlen=0)
 
-    def _walk(self, chosen: Iterable[Chosen]) -> Iterator[Piece]:
-        """Yield all blocks in order, the next ones being read meanwhile."""
-        blocks = ((tensor, *block) for tensor in chosen for block in _blocks(self._stored, tensor.key))
-        waiting: deque[tuple[Any, str, bool]] = deque()
-        with ThreadPoolExecutor(1) as reader:
-            for tensor, start, stop in blocks:
-                check = tensor.key not in self._finite
-                piece = reader.submit(self._piece, tensor, None, start, stop, check)
-                waiting.append((piece, tensor.key, stop == self._stored.info(tensor.key).numel))
-                if len(waiting) > AHEAD:
-                    yield self._arrived(*waiting.popleft())
-            while waiting:
-                yield self._arrived(*waiting.popleft())
+    def _jobs(
+        self, writer: SafetensorsWriter, contents: Contents, plan: object
+    ) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Yield the name in the file of what is written, or an empty one, and what writes it."""
+        for target in contents.merged:
+            for part in self._parts(target.chosen, self._rule.elementwise):
+                yield target.names[0], partial(self._merge, writer, target, part, plan)
+        for name, key in contents.copied.items():
+            for block in _blocks(self._stored, key):
+                yield name, partial(_copy, self._stored, key, block, writer, name)
+        for name, tensor in contents.made.items():
+            yield name, partial(_write, writer, name, 0, tensor)
+        for source, key in self._unused(contents):
+            for block in _blocks(source, key):
+                yield "", partial(_read_finite, source, key, block)
 
-    def _arrived(self, piece: Any, key: str, is_last: bool) -> Piece:
-        found: Piece = piece.result()
-        if is_last:
-            self._finite.add(key)
-        return found
+    def _parts(self, chosen: Chosen, in_parts: bool) -> Iterator[tuple[int, int] | None]:
+        """Yield the blocks of a tensor, or ``None`` for the whole of it."""
+        return _blocks(self._stored, chosen.key) if in_parts else iter([None])
 
-    def _piece(self, chosen: Chosen, plan: object, start: int, stop: int, check: bool) -> Piece:
-        """Read a block of a tensor in the base and in every expert."""
-        members = self._members
-        sources = list(members.experts.values())
-        if members.base is not None:
-            sources.insert(0, self._stored)
-        dtypes = [torch.empty(0, dtype=source.info(chosen.key).dtype) for source in sources]
-        rows = torch.empty(len(sources), stop - start, dtype=working_dtype(dtypes))
-        for source, row in zip(sources, rows, strict=True):
-            source.read_into(chosen.key, start, row)
-        if check and not _is_finite(rows):
-            raise MemberNotFiniteError(chosen.key)
-        rows = rows.to(self._device)
-        return Piece(
-            key=chosen.key,
-            layer=chosen.layer,
-            depth=chosen.depth,
-            base=None if members.base is None else rows[0],
-            experts=rows if members.base is None else rows[1:],
-            names=members.names,
-            shares=chosen.shares,
-            plan=plan,
-            seed=self._seed,
-            start=start,
+    def _piece(self, chosen: Chosen, part: tuple[int, int] | None, plan: object = None) -> Piece:
+        piece = self._members.piece(
+            chosen, device=self._device, seed=self._seed, plan=plan, part=part
         )
+        operands = [piece.experts, *([] if piece.base is None else [piece.base])]
+        if not all(map(_is_finite, operands)):
+            raise MemberNotFiniteError(chosen.key)
+        return piece
 
     def _merge(
         self,
         writer: SafetensorsWriter,
-        rule: Rule,
         target: Target,
+        part: tuple[int, int] | None,
         plan: object,
-        start: int,
-        stop: int,
-        check: bool,
     ) -> None:
-        piece = self._piece(target.chosen, plan, start, stop, check)
+        piece = self._piece(target.chosen, part, plan)
         if target.experts is None:
-            merged = [rule.merge(piece)]
+            merged = [self._rule.merge(piece)]
         else:
-            assert isinstance(rule, TaskRule)
-            each = dict(zip(piece.names, rule.separate(piece), strict=True))
+            assert isinstance(self._rule, TaskRule)
+            each = dict(zip(piece.names, self._rule.separate(piece), strict=True))
             merged = [weighted_mean([each[name] for name in names]) for names in target.experts]
         dtype = self._stored.info(target.chosen.key).dtype
-        for name, part in zip(target.names, merged, strict=True):
-            _write(writer, name, start, part.to("cpu", dtype))
+        for name, tensor in zip(target.names, merged, strict=True):
+            _write(writer, name, piece.start, tensor.to("cpu", dtype))
 
-    def _copy(self, writer: SafetensorsWriter, name: str, key: str, start: int, stop: int) -> None:
-        part = self._stored.read(key, start, stop)
-        if not _is_finite(part):
-            raise MemberNotFiniteError(key)
-        writer.write(name, start, part)
+    def _unused(self, contents: Contents) -> Iterator[tuple[TensorSource, str]]:
+        """Yield what nothing in the file is made of: it has to be finite, too."""
+        used = {target.chosen.key for target in contents.merged}
+        for source in self._members.experts.values():
+            yield from ((source, key) for key in source if key not in used)
+        if self._members.base is not None:
+            used |= set(contents.copied.values())
+            yield from ((self._stored, key) for key in self._stored if key not in used)
 
 
-def _call(job: partial[None]) -> None:
+def _call(job: Callable[[], object]) -> None:
     job()
 
 
@@ -234,15 +205,23 @@ def _blocks(source: TensorSource, key: str) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
 
 
-def _write(writer: SafetensorsWriter, name: str, start: int, part: Tensor) -> None:
+def _read_finite(source: TensorSource, key: str, block: tuple[int, int]) -> Tensor:
+    part = source.read(key, *block)
     if not _is_finite(part):
-        raise ResultNotFiniteError(name)
-    writer.write(name, start, part)
-
-
-def _check(source: TensorSource, key: str, start: int, stop: int) -> None:
-    if not _is_finite(source.read(key, start, stop)):
         raise MemberNotFiniteError(key)
+    return part
+
+
+def _copy(
+    source: TensorSource, key: str, block: tuple[int, int], writer: SafetensorsWriter, name: str
+) -> None:
+    writer.write(name, block[0], _read_finite(source, key, block))
+
+
+def _write(writer: SafetensorsWriter, name: str, start: int, tensor: Tensor) -> None:
+    if not _is_finite(tensor):
+        raise ResultNotFiniteError(name)
+    writer.write(name, start, tensor.reshape(-1))
 
 
 def _is_finite(tensor: Tensor) -> bool:

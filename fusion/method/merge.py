@@ -343,7 +343,7 @@ class Merge(BaseAlgorithm):
             return not obstacles and stored_bytes(modelpool) >= STREAMED_FROM
         if obstacles:
             raise UserError(
-                f"streamed=true merges from file to file, and {'; '.join(obstacles)}; choose "
+                f"streamed=true merges from file to file, but {'; '.join(obstacles)}; or choose "
                 f"streamed=auto"
             )
         return True
@@ -353,7 +353,8 @@ class Merge(BaseAlgorithm):
         if type(self).merged is not Merge.merged:
             found.append(f"{type(self).__name__} makes the network in its own way")
         if self.alignment is not None:
-            found.append("aligned experts have to be in memory")
+            by = self.alignment.by
+            found.append(f"align={by} needs whole networks in memory (choose align=null)")
         if self._fabric is not None and self._fabric.world_size > 1:
             found.append(f"{self._fabric.world_size} processes share the run")
         model = modelpool.architecture(modelpool.pretrained_or_first_name)

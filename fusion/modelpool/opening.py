@@ -20,7 +20,6 @@ from fusion.weights import (
     state_dicts,
     tensors_of,
 )
-from fusion.weights.file_kinds import recognise
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # .tar as in model.pth.tar: torch.save's too
@@ -71,7 +70,7 @@ def open_sources(path: Path) -> Mapping[str, TensorSource]:
     if is_safetensors(path):
         return {"": SafetensorsSource(path)}
     content = load_pickled(path)
-    found = state_dicts(content, on_disk=recognise(path).mappable)
+    found = state_dicts(content)
     if not found:
         kind = type(content).__name__
         entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else f"a {kind}"

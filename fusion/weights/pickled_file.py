@@ -74,16 +74,12 @@ def load_pickled(path: Path) -> object:
         raise UserError(f"'{path}' {_reason(path, error)}") from error
 
 
-def state_dicts(content: object, *, on_disk: bool = False) -> dict[str, StateDictSource]:
+def state_dicts(content: object) -> dict[str, StateDictSource]:
     """Return every mapping in ``content`` that holds tensors, under its dotted path.
 
     The path of ``content`` itself is the empty string. What is no tensor in such a mapping (an
     epoch, a learning rate) is left out, and a mapping that stands in several places is returned
     once.
-
-    Args:
-        content: what :func:`load_pickled` returned.
-        on_disk: whether its tensors are mapped from the file.
     """
     found: dict[str, StateDictSource] = {}
     seen: set[int] = set()
@@ -95,7 +91,7 @@ def state_dicts(content: object, *, on_disk: bool = False) -> dict[str, StateDic
         named = {name: item for name, item in value.items() if isinstance(name, str)}
         tensors = {name: item for name, item in named.items() if isinstance(item, Tensor)}
         if tensors:
-            found[".".join(way)] = StateDictSource(tensors, on_disk=on_disk)
+            found[".".join(way)] = StateDictSource(tensors)
         if len(way) < _DEPTH:
             for name, item in named.items():
                 collect(item, (*way, name))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusion.errors import UserError
@@ -49,43 +49,24 @@ class SafetensorsSource(TensorSource):
             self._infos[name] = self._infos[kept]
             self._starts[name] = self._starts[kept]
 
-    @property
-    def on_disk(self) -> bool:
-        """Always: tensors are read when somebody asks for them."""
-        return True
-
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name`` from the header."""
         return self._infos[name]
-
-    def start(self, name: str) -> int:
-        """Return the position in the file of the first byte of the tensor ``name``."""
-        return self._starts[name]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read a part of the tensor ``name`` from the file, as a new vector in C order."""
         info = self._infos[name]
         stop = min(stop, info.numel)
         part = torch.empty(max(stop - start, 0), dtype=info.dtype)
-        self._fill(name, start, part)
-        return part
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Read the elements from ``start`` on of the tensor ``name`` into ``out``."""
-        if self._infos[name].dtype == out.dtype:
-            self._fill(name, start, out)
-        else:
-            super().read_into(name, start, out)
-
-    def _fill(self, name: str, start: int, part: Tensor) -> None:
         target = part.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._starts[name] + start * part.dtype.itemsize)
+            file.seek(self._starts[name] + start * info.dtype.itemsize)
             while target:
                 count = file.readinto(target)
                 if not count:
                     raise damaged(self.path, f"it ends within '{name}'")
                 target = target[count:]
+        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)
@@ -171,19 +152,9 @@ def map_safetensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
     """
-    source = SafetensorsSource(path)
-    storage = torch.UntypedStorage.from_file(str(path), False, source.path.stat().st_size)
-    tensors: dict[str, Tensor] = {}
-    for name in source:  # tied names come after the ones they are tied to
-        info, start = source.info(name), source.start(name)
-        if name in source.tied:
-            tensors[name] = tensors[source.tied[name]]
-        elif start % info.dtype.itemsize:  # as other writers may have it
-            tensors[name] = source[name]
-        else:
-            empty = torch.empty(0, dtype=info.dtype)
-            tensors[name] = empty.set_(storage[start : start + info.nbytes]).view(info.shape)
-    return tensors
+    tied = SafetensorsSource(path).tied
+    tensors = load_file(path)
+    return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
 
 def _tied_names(path: Path, text: str, stored: Mapping[str, object]) -> dict[str, str]:

@@ -41,11 +41,6 @@ class TensorSource(Mapping[str, Tensor]):
     a loop over parts needs memory for a part only.
     """
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether the tensors lie in a file and nothing of them in memory until they are read."""
-        return False
-
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name`` without reading it.
@@ -65,20 +60,6 @@ class TensorSource(Mapping[str, Tensor]):
             KeyError: there is no such tensor.
         """
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Read the elements from ``start`` on of the tensor ``name`` into ``out``.
-
-        Args:
-            name: the tensor.
-            start: the first element, counted in C order.
-            out: (k,) contiguous, on the CPU, of any dtype: what is read is converted to it. The
-                tensor has k elements from ``start`` on.
-
-        Raises:
-            KeyError: there is no such tensor.
-        """
-        out.copy_(self.read(name, start, start + len(out)))
-
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor ``name``, without reading it."""
         try:
@@ -93,21 +74,10 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 class StateDictSource(TensorSource):
-    """Tensors that are already there as a source; it shows these tensors, not copies.
+    """Tensors that are already there as a source; it shows these tensors, not copies."""
 
-    Args:
-        tensors: name → tensor.
-        on_disk: whether they are mapped from a file, which is read where they are.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], *, on_disk: bool = False) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self._on_disk = on_disk
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether they are mapped from a file."""
-        return self._on_disk
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
@@ -185,11 +155,6 @@ class RenamedSource(TensorSource):
         self._source = source
         self._names = dict(names)
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether those of the other source do."""
-        return self._source.on_disk
-
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
         return self._source.info(self._names[name])
@@ -197,10 +162,6 @@ class RenamedSource(TensorSource):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return a part of the tensor ``name`` as a vector in C order."""
         return self._source.read(self._names[name], start, stop)
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Read the elements from ``start`` on of the tensor ``name`` into ``out``."""
-        self._source.read_into(self._names[name], start, out)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._source[self._names[name]]
@@ -224,11 +185,6 @@ class ConvertedSource(TensorSource):
         self._source = source
         self._dtypes = dict(dtypes)
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether those of the other source do."""
-        return self._source.on_disk
-
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
         return TensorInfo(self._source.info(name).shape, self._dtypes[name])
@@ -236,13 +192,6 @@ class ConvertedSource(TensorSource):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return a part of the tensor ``name`` as a vector in C order."""
         return self._source.read(name, start, stop).to(self._dtypes[name])
-
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Read the elements from ``start`` on of the tensor ``name`` into ``out``."""
-        if self._source.info(name).dtype == self._dtypes[name]:
-            self._source.read_into(name, start, out)
-        else:
-            super().read_into(name, start, out)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._dtypes)

@@ -75,6 +75,11 @@ class Dare(Rule):
         return self.rule.elementwise
 
     @property
+    def prepares_in_parts(self) -> bool:
+        """Whether the inner rule does: the masks do not depend on the parts."""
+        return self.rule.prepares_in_parts
+
+    @property
     def affine(self) -> bool:
         """Whether the inner rule is."""
         return self.rule.affine

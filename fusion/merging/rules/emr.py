@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, TaskRule
-from fusion.weights.sums import RowSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +54,18 @@ class EMR(TaskRule):
 
     def prepare(self, pieces: Pieces) -> tuple[float, ...]:
         """Return the factor of each task."""
-        own, masked = RowSums(), RowSums()
+        own = masked = None
         for piece in pieces():
-            changes = piece.changes
+            changes = piece.changes.flatten(1)
             elected = _elect(changes, piece.shares)
-            own.add(changes.abs())
-            masked.add(torch.where(_masks(changes, elected), elected.abs(), 0))
+            passed = torch.where(_masks(changes, elected), elected.abs(), 0)
+            sums = (changes.abs().sum(1, dtype=torch.float64), passed.sum(1, dtype=torch.float64))
+            own = sums[0].cpu() if own is None else own + sums[0].cpu()
+            masked = sums[1].cpu() if masked is None else masked + sums[1].cpu()
+        if own is None or masked is None:
+            return ()
         # A task whose mask is empty has no use for a factor.
-        return tuple(
-            total / passed if passed else 1.0
-            for total, passed in zip(own.values, masked.values, strict=True)
-        )
+        return tuple(torch.where(masked > 0, own / masked.where(masked > 0, 1), 1).tolist())
 
     def merge(self, piece: Piece) -> Tensor:
         """Return the unified tensor, (*shape)."""

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule, mean_of_experts
 from fusion.merging.rules.options import require_number
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
-from fusion.weights.sums import RowSums
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,12 @@ class LiNeS(Rule):
         plan = self.rule.prepare(pieces)
         if self.alpha is not None:
             return _Slope(self.alpha, plan)
-        squares = RowSums()
+        mean = merged = 0.0
         for piece in pieces():
-            merged = self.rule.merge(replace(piece, plan=plan))
-            changes = torch.stack([mean_of_experts(piece), merged]) - piece.reference
-            squares.add(changes.double().square())
-        mean, moved = squares.values or (0.0, 0.0)
-        return _Slope(math.sqrt(mean / moved) if moved else 1.0, plan)
+            change = self.rule.merge(replace(piece, plan=plan)) - piece.reference
+            merged += float(change.double().square().sum())
+            mean += float((mean_of_experts(piece) - piece.reference).double().square().sum())
+        return _Slope(math.sqrt(mean / merged) if merged else 1.0, plan)
 
     def merge(self, piece: Piece) -> Tensor:
         """Return the merged tensor, (*shape)."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from fusion.merging.rule import Need, Piece, Pieces, Rule
 from fusion.merging.rules.options import require_density, require_scale
 from fusion.weights.largest import kth_largest
-from fusion.weights.sums import RowSums
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,17 @@ class PCB(Rule):
             return None
         n = len(low)
         ones = _Balance(low, high - low, torch.ones(n), torch.ones(n, n))
-        own = [RowSums() for _ in range(n)]
-        pair = [[RowSums() for _ in range(n)] for _ in range(n)]
+        own = torch.zeros(n, dtype=torch.float64)
+        pair = torch.zeros(n, n, dtype=torch.float64)
         entries = 0
         for piece in pieces():
             changes = piece.changes.flatten(1)
             entries += changes.shape[1]
             for i in range(n):
-                own[i].add(_intra(changes, i, ones)[None])
+                own[i] += _intra(changes, i, ones).sum(dtype=torch.float64).cpu()
                 for j in range(n):
-                    pair[i][j].add(_inter(changes, i, j, ones)[None])
-        own_means = torch.tensor([row.values[0] for row in own], dtype=torch.float64) / entries
-        found = [[cell.values[0] for cell in row] for row in pair]
-        pair_means = torch.tensor(found, dtype=torch.float64) / entries
-        balance = _Balance(low, high - low, own_means, pair_means)
+                    pair[i, j] += _inter(changes, i, j, ones).sum(dtype=torch.float64).cpu()
+        balance = _Balance(low, high - low, own / entries, pair / entries)
 
         def scores() -> Iterator[Tensor]:
             for piece in pieces():
