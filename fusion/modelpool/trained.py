@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from fusion.data import ClassSubset, label_space, seed_from
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice
-from fusion.files import require_writable_folder
+from fusion.files import only_one, require_writable_folder
 from fusion.labels import LabelSpace
 from fusion.modelpool.fingerprint import canonical, data_fingerprint, digest_tensors
 from fusion.modelpool.inheriting import HEADS, inherit
@@ -46,7 +44,6 @@ log = logging.getLogger(__name__)
 
 RECIPE_FORMAT = 2  # raise it when the same recipe would give other weights than before
 _NAME_LENGTH = 16  # hexadecimal digits of the recipe's hash in a file name: 64 bits
-_PATIENCE = 5.0  # seconds of waiting for another process before the log says so
 
 
 class TrainedModel(Member):
@@ -227,7 +224,7 @@ class TrainedModel(Member):
     def _trained(self, entry: Entry) -> Path:
         """Return the file of the weights; train and keep them first if there is no whole one."""
         if (kept := self._kept(entry)) is None:
-            with _only_one(self.path(entry), entry.name):
+            with only_one(self.path(entry), entry.name):
                 kept = self._kept(entry)  # another process may have trained it meanwhile
                 if kept is None:
                     return self._train_and_keep(entry)
@@ -313,22 +310,6 @@ class TrainedModel(Member):
             wanted=self.labels(entry),
             parent_name=entry.parent.name,
         )
-
-
-@contextmanager
-def _only_one(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a cached file; the log says what is waited for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=_PATIENCE)
-    except Timeout:
-        log.info("%s: waiting for another process, which holds %s", name, lock.lock_file)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @cache
