@@ -8,7 +8,6 @@ at a time.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fusion.merging.members import Chosen, Members
 from fusion.merging.rule import Piece, Rule, TaskRule
-from fusion.weights import SafetensorsWriter, TensorSource, weighted_mean, working_dtype
+from fusion.weights import SafetensorsWriter, TensorSource, is_finite, weighted_mean
 from fusion.weights.threads import threads_over_blocks
 
 # Entries of a block: half a megabyte of float32 for each member. Fewer cost more calls than work,
@@ -163,7 +162,7 @@ class Stream:
             chosen, device=self._device, seed=self._seed, plan=plan, part=part
         )
         operands = [piece.experts, *([] if piece.base is None else [piece.base])]
-        if not all(map(_is_finite, operands)):
+        if not all(map(is_finite, operands)):
             raise MemberNotFiniteError(chosen.key)
         return piece
 
@@ -207,7 +206,7 @@ def _blocks(source: TensorSource, key: str) -> Iterator[tuple[int, int]]:
 
 def _read_finite(source: TensorSource, key: str, block: tuple[int, int]) -> Tensor:
     part = source.read(key, *block)
-    if not _is_finite(part):
+    if not is_finite(part):
         raise MemberNotFiniteError(key)
     return part
 
@@ -219,16 +218,6 @@ def _copy(
 
 
 def _write(writer: SafetensorsWriter, name: str, start: int, tensor: Tensor) -> None:
-    if not _is_finite(tensor):
+    if not is_finite(tensor):
         raise ResultNotFiniteError(name)
     writer.write(name, start, tensor.reshape(-1))
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite: the smallest and the largest say it."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor.to(working_dtype([tensor]))
-    return all(math.isfinite(extreme) for extreme in map(float, torch.aminmax(wide)))

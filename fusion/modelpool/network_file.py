@@ -15,7 +15,7 @@ from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import canonical
 from fusion.models import MultiTaskNetwork
-from fusion.weights import save_safetensors, tensors_of
+from fusion.weights import is_finite, save_safetensors, tensors_of
 
 ARCHITECTURE = "architecture"  # metadata: mapping with _target_, as JSON
 HEAD = "head"  # metadata: state-dict keys whose shape may differ from the architecture's, as JSON
@@ -69,7 +69,7 @@ def save_network(
     )
     tensors = {entry.name: entry.tensor for entry in file_tensors(model)}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise not_finite(name, path)
     save_safetensors(path, tensors, notes)
 

@@ -3,6 +3,7 @@
 Everything here is plain torch: it knows no models, no pools and no configuration.
 """
 
+from fusion.weights.finite import is_finite
 from fusion.weights.linear import lerp, weighted_mean
 from fusion.weights.operands import normalised_weights
 from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
@@ -52,6 +53,7 @@ __all__ = [
     "TensorSource",
     "exact_device",
     "image_dtype",
+    "is_finite",
     "lerp",
     "load_pickled",
     "load_safetensors",
