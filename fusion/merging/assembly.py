@@ -53,7 +53,7 @@ class Assembly:
         """Return a network, or one with several heads.
 
         Args:
-            state: parameters shared by all tasks; what is missing is the base's.
+            state: tensors shared by all tasks; what is missing is the base's.
             heads: task → head, or ``""`` → the only head; what is missing is the base's.
             own: task → further parameters of that task alone.
         """
@@ -72,8 +72,8 @@ class Assembly:
             body: what is missing elsewhere is from here; on the meta device, the result is as well.
             state, heads, own: see :meth:`network`.
         """
-        state = dict(state)
-        state |= self.statistics()
+        # A rule on folded batch norm has decided about the running statistics there.
+        state = self.statistics() | dict(state)
         state |= heads.get("", {})
         resize_head(body, state)
         load_tensors(body, state)

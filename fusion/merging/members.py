@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from fusion.data import seed_from
 from fusion.merging.batch_norm import statistics_keys
+from fusion.merging.folding import Folding, find_foldings
 from fusion.merging.rule import Piece
 from fusion.modelpool import BaseModelPool
 from fusion.models import Head, Layer, find_layers
 from fusion.models.forward_pass import is_traceable
 from fusion.models.layers import with_tensors, without_values
-from fusion.weights import ConvertedSource, TensorSource, tensors_of, working_dtype
+from fusion.weights import (
+    ConvertedSource,
+    StateDictSource,
+    TensorSource,
+    tensors_of,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Members:
         layers: the layers in the order of the forward pass.
         head: the tensors that belong to one task alone.
         stored: the tensors of ``network`` in its file, where ``network`` itself has no values.
+        foldings: layer → the norm that base and experts have folded into it; see :meth:`folded`.
     """
 
     network: nn.Module
@@ -85,6 +93,7 @@ class Members:
     layers: tuple[Layer, ...]
     head: Head
     stored: TensorSource | None = None
+    foldings: Mapping[str, Folding] = field(default_factory=dict)
 
     @classmethod
     def read(cls, modelpool: BaseModelPool) -> Members:
@@ -145,14 +154,44 @@ class Members:
         """The experts' names."""
         return tuple(self.experts)
 
+    def folded(self) -> Members:
+        """Return the members with batch norm folded into the layer before it.
+
+        Tensors keep their names, and the members compute what they did; see
+        :mod:`fusion.merging.folding`. What is not merged stays as ``network`` has it.
+        """
+        foldings = find_foldings(self.network, self.layers)
+
+        def form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = {key: tensors[key] for key in tensors}
+            for folding in foldings.values():
+                found |= folding.folded(tensors)
+            return found
+
+        return replace(
+            self,
+            base=None if self.base is None else form(self.base),
+            experts={name: StateDictSource(form(found)) for name, found in self.experts.items()},
+            foldings=foldings,
+        )
+
+    def bias(self, layer: Layer) -> str:
+        """Return the state-dict key that the bias of a layer has, or would have."""
+        if layer.name in self.foldings:
+            return f"{self.foldings[layer.name].norm}.bias"
+        owner = layer.weight.rpartition(".")[0]
+        return f"{owner}.bias" if owner else "bias"
+
     def parameters(self, layer: Layer) -> tuple[str, ...]:
         """Return the floating-point tensors of a layer, running statistics of batch norm apart."""
-        statistics = {key for pair in statistics_keys(self.network, layer.norms) for key in pair}
-        state = tensors_of(self.network)
+        state = tensors_of(self.network, keep_vars=True)
+        pairs = statistics_keys(self.network, layer.norms)
+        # A norm that runs twice has them under two names.
+        statistics = {id(state[key]) for pair in pairs for key in pair}
         return tuple(
             key
             for key in layer.tensors
-            if key not in statistics and key in state and state[key].is_floating_point()
+            if key in state and id(state[key]) not in statistics and state[key].is_floating_point()
         )
 
     def chosen(self, choice: LayerChoice, *, with_head: bool) -> Iterator[Chosen]:
@@ -225,6 +264,7 @@ class Members:
         return Piece(
             key=chosen.key,
             layer=chosen.layer,
+            bias=self.bias(chosen.layer),
             depth=chosen.depth,
             base=None if base is None else _plain(base, device, dtype),
             experts=torch.stack([_plain(t, device, dtype) for t in tensors]),

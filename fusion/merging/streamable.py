@@ -25,11 +25,9 @@ def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str)
     found = []
     name = type(rule).__name__
     if _DATA & rule.needs or rule.statistics:
-        found.append(
-            f"{name} looks at the experts' images, through whole networks (choose another rule)"
-        )
-    elif rule.affine:
-        found.append(f"{name} merges weight and bias together (choose another rule)")
+        found.append(f"{name} looks at the experts' images (choose another rule)")
+    elif rule.affine or rule.folded or rule.sequential:
+        found.append(f"{name} merges several tensors together (choose another rule)")
     if treatment not in WITHOUT_IMAGES:
         found.append(f"batch_norm={treatment} runs the result on images (choose batch_norm=merge)")
     stored = {member: modelpool.stored(member) for member in _merged(modelpool)}

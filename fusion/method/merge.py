@@ -21,6 +21,8 @@ from fusion.merging.assembly import Assembly
 from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
 from fusion.merging.rule import Need, Rule, TaskRule
+from fusion.merging.sequential import merge_in_stages
+from fusion.merging.statistics import Statistics, check_statistics, gather
 from fusion.merging.stored_network import write_network
 from fusion.merging.streamable import STREAMED_FROM, obstacles_to_streaming, stored_bytes
 from fusion.merging.tensors import merge_parameters, separate_parameters
@@ -53,8 +55,9 @@ class Merge(BaseAlgorithm):
     """Merge experts tensor by tensor with a rule.
 
     The stages, each with a default: align the experts' units, choose layers and the experts'
-    shares, apply the rule to every parameter of these layers, decide about the heads, then about
-    the running statistics of batch norm; and prepare the controls that the result is compared
+    shares, measure what the rule asks for of the experts' data, apply the rule to every parameter
+    of these layers, decide about the heads, then about the running statistics of batch norm; and
+    prepare the controls that the result is compared
     with. Integer buffers are copied; running statistics never pass through a rule.
 
     Args:
@@ -74,16 +77,20 @@ class Merge(BaseAlgorithm):
             the pool has images, else merge).
         calibration_images: how many images are looked at, at most.
         batch_size: images per forward pass.
+        statistics_images: how many training images of each expert are looked at, at most, for a
+            rule that measures the experts' data.
+        cache_dir: where these statistics are kept under a hash of weights, images and options, so
+            that a sweep measures once; by default they stay in memory.
         example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
             training image, or else a guess from the first convolution.
-        streamed: whether the result is merged block by block from file to file, in memory for a few
-            blocks only, and returned mapped from its file. That takes members that are all files,
-            an elementwise rule that reads no data, no alignment, and a ``batch_norm`` that needs no
-            images; the result is the same, bit for bit. ``auto`` does so for members of
-            256 MiB or more in all, where there is a file for the result: the run's,
-            or ``merged.safetensors`` in ``output_path``. ``True`` always does, by default into a
-            temporary file (in ``TMPDIR``) that is gone when the network is. Whether weights are
-            finite is then seen while they are merged.
+        streamed: whether the result is merged from file to file, with memory for a few tensors, or
+            parts of them, at a time, and returned mapped from its file. The result is the same, bit
+            for bit. That takes members that are files, a rule that looks at no images, no
+            alignment, and a ``batch_norm`` of ``pretrained``, ``merge`` or ``interpolate``.
+            ``auto`` does so for members of 256 MiB or more in all, where there is a file for the
+            result: the run's, or ``merged.safetensors`` in ``output_path``. ``True`` always does,
+            without such a file into a temporary one (in ``TMPDIR``) that is gone when the network
+            is; what cannot be streamed is an error then.
         plot: whether to draw the figures.
         seed: of everything random: masks, the order of the alignment, the sample of images.
 
@@ -106,6 +113,8 @@ class Merge(BaseAlgorithm):
         batch_norm: str = "auto",
         calibration_images: int = 2000,
         batch_size: int = 128,
+        statistics_images: int = 500,
+        cache_dir: str | Path | None = None,
         example_input: Sequence[int] | None = None,
         streamed: bool | Literal["auto"] = "auto",
         plot: bool = True,
@@ -128,6 +137,8 @@ class Merge(BaseAlgorithm):
         self.head = head
         self.batch_norm = batch_norm
         self.calibration = bn.Calibration(calibration_images, batch_size, seed)
+        self.sample = bn.Calibration(statistics_images, batch_size, seed)
+        self.cache_dir = cache_dir
         self.alignment = (
             None if align is None else AlignmentStage(align, example_input, seed, self.calibration)
         )
@@ -251,25 +262,66 @@ class Merge(BaseAlgorithm):
     def merged(self, assembly: Assembly) -> nn.Module:
         """Return the network that the rule makes of the assembly's members."""
         members, plan = assembly.members, assembly.plan
-        own: dict[str, dict[str, Tensor]] = {}
-        state: dict[str, Tensor] = {}
+        if self.rule.folded:
+            members = members.folded()
         options: dict[str, Any] = {
             "with_head": plan.head_is_a_layer,
             "device": exact_device(self.fabric.device),
             "seed": self.seed,
         }
-        with self.profile("merge layers"):
-            if isinstance(self.rule, TaskRule) and self.rule.per_task:
+        own: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Tensor] = {}
+        if self.rule.sequential:
+            with self.profile("merge layers"):
+                state = merge_in_stages(
+                    members,
+                    assembly.choice,
+                    self.rule,
+                    assembly.modelpool,
+                    treatment=assembly.treatment,
+                    calibration=self.sample,
+                    **options,
+                )
+        elif isinstance(self.rule, TaskRule) and self.rule.per_task:
+            with self.profile("merge layers"):
                 own = separate_parameters(
                     members, assembly.choice, self.rule, assembly.modelpool.tasks, **options
                 )
-            else:
-                state = merge_parameters(members, assembly.choice, self.rule, **options)
-            heads = merged_heads(
-                plan, members.head, members.base, members.experts, assembly.modelpool
-            )
+        else:
+            found = self._statistics(members, assembly)
+            with self.profile("merge layers"):
+                state = merge_parameters(
+                    members, assembly.choice, self.rule, statistics=found, **options
+                )
+        heads = merged_heads(
+            plan,
+            assembly.members.head,
+            assembly.members.base,
+            assembly.members.experts,
+            assembly.modelpool,
+        )
         with self.profile("batch norm"):
             return assembly.network(state, heads, own)
+
+    def _statistics(self, members: Members, assembly: Assembly) -> Statistics | None:
+        """Return what the rule reads of the experts' data, in the layers that are merged."""
+        if not self.rule.statistics:
+            return None
+        head = () if assembly.plan.head_is_a_layer else members.head.tensors
+        with self.profile("measure the experts' data"):
+            return gather(
+                assembly.modelpool,
+                members,
+                self.rule.statistics,
+                layers=[
+                    layer
+                    for layer in members.layers
+                    if layer.name in assembly.choice and layer.weight not in head
+                ],
+                calibration=self.sample,
+                device=exact_device(self.fabric.device),
+                cache_dir=self.cache_dir,
+            )
 
     def _merged_to_file(self, assembly: Assembly) -> nn.Module:
         """Merge into the result's file, and return the network in it."""
@@ -280,7 +332,7 @@ class Merge(BaseAlgorithm):
                 wanted = ResultFile(Path(stack.enter_context(folder)) / MODEL)
             else:
                 self.record.written = wanted.path
-            log.info("Merging block by block into %s", wanted.path)
+            log.info("Merging from file to file, into %s", wanted.path)
             return write_network(
                 assembly,
                 self.rule,
@@ -331,14 +383,24 @@ class Merge(BaseAlgorithm):
         return ResultFile(self.output_path / MODEL)
 
     def _streams(self, modelpool: BaseModelPool) -> bool:
-        """Return whether the result is merged block by block into its file.
+        """Return whether the result is merged from file to file.
 
         Raises:
             UserError: it has to be, and cannot.
         """
         if self.streamed is False or (self.streamed == "auto" and self._result_file() is None):
             return False
-        obstacles = self._obstacles_to_streaming(modelpool)
+        obstacles = []
+        if type(self).merged is not Merge.merged:
+            obstacles.append(f"{type(self).__name__} makes the network in its own way")
+        if self.alignment is not None:
+            by = self.alignment.by
+            obstacles.append(f"align={by} needs whole networks in memory (choose align=null)")
+        if self._fabric is not None and self._fabric.world_size > 1:
+            obstacles.append(f"{self._fabric.world_size} processes share the run (use one)")
+        model = modelpool.architecture(modelpool.pretrained_or_first_name)
+        treatment = self._treatment(modelpool, model)
+        obstacles += obstacles_to_streaming(modelpool, self.rule, treatment)
         if self.streamed == "auto":
             return not obstacles and stored_bytes(modelpool) >= STREAMED_FROM
         if obstacles:
@@ -347,19 +409,6 @@ class Merge(BaseAlgorithm):
                 f"streamed=auto"
             )
         return True
-
-    def _obstacles_to_streaming(self, modelpool: BaseModelPool) -> list[str]:
-        found = []
-        if type(self).merged is not Merge.merged:
-            found.append(f"{type(self).__name__} makes the network in its own way")
-        if self.alignment is not None:
-            by = self.alignment.by
-            found.append(f"align={by} needs whole networks in memory (choose align=null)")
-        if self._fabric is not None and self._fabric.world_size > 1:
-            found.append(f"{self._fabric.world_size} processes share the run")
-        model = modelpool.architecture(modelpool.pretrained_or_first_name)
-        treatment = self._treatment(modelpool, model)
-        return found + obstacles_to_streaming(modelpool, self.rule, treatment)
 
     def _check_needs(self, modelpool: BaseModelPool) -> None:
         """Check that the pool has what the rule cannot do without.
@@ -378,6 +427,14 @@ class Merge(BaseAlgorithm):
             raise UserError(
                 f"{rule} needs training images of every expert, and the pool has none of "
                 f"{', '.join(lacking)}; add them to train_datasets"
+            )
+        if not self.rule.sequential:
+            check_statistics(modelpool, self.rule.statistics)
+        elif "cross" not in self.rule.statistics and not isinstance(modelpool.images(), Mapping):
+            raise UserError(
+                f"{rule}.sequential: all experts have the same training images, for which the "
+                f"result is the average, whatever the images are; use sequential=false, or give "
+                f"each expert its own in train_datasets"
             )
 
     def _report(self, assembly: Assembly, result: nn.Module) -> None:

@@ -19,7 +19,7 @@ from fusion.target import build, locate
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARXIV = re.compile(r"arXiv[ :]*(\d{4}\.\d{4,5})")
+_ARXIV = re.compile(r"arXiv[\s:]*(\d{4}\.\d{4,5})")
 # What the same option is called elsewhere: FusionBench, mergekit.
 ELSEWHERE = {
     "scaling_factor": "scale",
@@ -27,7 +27,8 @@ ELSEWHERE = {
     "threshold": "density",
     "weight": "weights",
 }
-_SEED = "${seed}"  # the one reference in the YAML of a method
+# What references in the YAML of a method stand for without Hydra; nothing is kept on disk.
+_REFERENCES: dict[str, Any] = {"${seed}": 0, "${path.cache_dir}": None}
 
 
 def merge(models: object, method: str = "simple_average", **options: Any) -> nn.Module:
@@ -107,7 +108,7 @@ def preset(method: str) -> dict[str, Any]:
             found |= preset(default)
     for key, value in values.items():
         # A rule of its own takes the place of the default's; it is not mixed with it.
-        found[key] = 0 if value == _SEED else value
+        found[key] = _REFERENCES.get(value, value) if isinstance(value, str) else value
     return found
 
 

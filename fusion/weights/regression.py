@@ -44,9 +44,25 @@ def regression_mean(
     for matrix, gram, weight in terms:
         total.add_(gram, alpha=weight)
         pull.add_((matrix.double() - towards) @ gram.double(), alpha=weight)
-    level = total.diagonal(dim1=-2, dim2=-1).mean(-1)
-    level = level.where(level > 0, 1)  # no input at all: any ridge keeps W_0
-    total.diagonal(dim1=-2, dim2=-1).add_(ridge * level[..., None])
-    # W - W_0 = pull / total, and total is symmetric.
-    moved = torch.cholesky_solve(pull.mT, torch.linalg.cholesky(total)).mT
-    return towards + moved
+    return towards + ridge_step(pull, total, ridge=ridge)
+
+
+def ridge_step(pull: Tensor, gram: Tensor, *, ridge: float) -> Tensor:
+    r"""Return the step :math:`P\,(G + \rho I)^{-1}` of a ridge regression.
+
+    :math:`\rho` is ``ridge`` times the mean of the diagonal of G. Columns of zeros in G and P give
+    zeros.
+
+    Args:
+        pull: P, (…, m, d) in float64.
+        gram: G, (…, d, d) in float64: symmetric, positive semidefinite.
+        ridge: relative to G, at least 1e-10.
+
+    Returns:
+        (…, m, d).
+    """
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = level.where(level > 0, 1)  # no input at all: any ridge gives 0
+    regular = gram.clone()
+    regular.diagonal(dim1=-2, dim2=-1).add_(ridge * level[..., None])
+    return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(regular)).mT

@@ -202,10 +202,13 @@ def test_what_is_tied_stays_tied_and_constants_have_their_values(rule, written, 
         torch.manual_seed(seed)
         networks[name] = Tied()
         networks[name].first[1].running_mean.normal_()
-    _, model = both(written(networks, architecture=Tied), rule)
+    pool = written(networks, architecture=Tied)
+    _, model = both(pool, rule)
     assert model.first is model.second
     assert torch.equal(model.table, networks["a"].table)
     model.eval()(torch.rand(2, 1, 8, 8))
+    _, model = both(pool, rule, batch_norm="pretrained")  # no rule sees running statistics
+    assert torch.equal(model.first[1].running_mean, networks["_pretrained_"].first[1].running_mean)
 
 
 class SomeLayers(Merge):
@@ -386,13 +389,11 @@ def test_what_cannot_be_streamed_is_said(written, base, peers, train_digits) -> 
     data = dict.fromkeys(networks, train_digits)
     refused = {
         "align=weights needs whole networks in memory (choose align=null)": {"align": "weights"},
-        "RegMean looks at the experts' images, through whole networks (choose another rule)": {
-            "rule": RegMean()
-        },
+        "RegMean looks at the experts' images (choose another rule)": {"rule": RegMean()},
         "batch_norm=recalibrate runs the result on images (choose batch_norm=merge)": {
             "batch_norm": "recalibrate"
         },
-        "WeightAndBias merges weight and bias together (choose another rule)": {
+        "WeightAndBias merges several tensors together (choose another rule)": {
             "rule": WeightAndBias()
         },
     }

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fusion.merging.rule import Need, Piece, Pieces, Rule, mean_of_experts
+from fusion.merging.rule import Piece, Pieces, Rule, mean_of_experts
 from fusion.merging.rules.options import require_number
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
+from fusion.merging.rules.wrapping import WrappingRule
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class _Slope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiNeS(Rule):
+class LiNeS(WrappingRule):
     r"""Another rule whose merged change grows linearly with the depth of the layer.
 
     .. math::
@@ -69,26 +70,6 @@ class LiNeS(Rule):
         if self.alpha is not None:
             require_number("LiNeS.alpha", self.alpha, least=0)
         require_number("LiNeS.beta", self.beta)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the inner rule needs, and a base."""
-        return self.rule.needs | {Need.BASE}
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """What the inner rule reads."""
-        return self.rule.statistics
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether the inner rule is."""
-        return self.rule.elementwise
-
-    @property
-    def affine(self) -> bool:
-        """Whether the inner rule is."""
-        return self.rule.affine
 
     def prepare(self, pieces: Pieces) -> _Slope:
         """Return the factor of the first layer and the plan of the inner rule."""

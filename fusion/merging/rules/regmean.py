@@ -46,6 +46,11 @@ class RegMean(Rule):
         ridge: ρ relative to the mean of the Gram matrices' diagonal, 1e-10 or more. With α below 1
             the default only has to settle columns without data.
         bias: whether biases are solved along with the weights; otherwise they are averaged.
+        sequential: measure the Gram matrices behind the layers that are merged already, from the
+            input to the output, instead of in the experts: RegMean++ (Nguyen et al., 2025, arXiv
+            2508.03121). Refused where all experts share their images, for which it is the average.
+        folded: fold batch norm into the layer before it first, so that a layer answers as each
+            expert's layer and norm do. It needs no images to measure running statistics anew.
 
     Raises:
         UserError: an option is outside of its range.
@@ -64,6 +69,8 @@ class RegMean(Rule):
     off_diagonal: float = 0.9
     ridge: float = 1e-6
     bias: bool = True
+    sequential: bool = False
+    folded: bool = False
 
     needs = frozenset({Need.IMAGES})
     statistics = frozenset({"gram"})

@@ -9,7 +9,11 @@ reads it from a piece, for n experts:
     bias W̃, row by row, diag(W̃ G W̃ᵀ) is the mean square of the layer's outputs. Layers that do not
     run, or not as a module of torch's own kind, have none.
 ``piece.statistics["fisher"]``, (n, *shape), of every parameter: the mean over examples of the
-    squared gradient of log p(y | x).
+    squared gradient of log p(y | x), y as the model predicts it.
+``piece.statistics["empirical_fisher"]``, (n, *shape): the same, y the true label.
+``piece.statistics["cross"]``, (n, g, out/g, d + 1), for sequential rules alone: the mean of y x̃ᵀ,
+    where y is what the expert's layer returns, bias included, on the same images as x̃, which
+    stands behind the layers that are merged already.
 
 All are float64. :func:`gather` measures each expert on its own training images, all that is asked
 for in one pass, and :func:`collect` does so for one network. Merging layer after layer takes

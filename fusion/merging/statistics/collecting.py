@@ -14,7 +14,7 @@ from fusion.merging.statistics.measuring import laid_out, measured
 from fusion.models import Layer
 from fusion.weights import exact_device, image_dtype
 
-STATISTICS = ("gram", "fisher")
+STATISTICS = ("gram", "fisher", "empirical_fisher")
 
 Batch = tuple[Tensor, Tensor]
 """Images (N, …) and labels (N,), which are numbers of the network's outputs."""
@@ -26,7 +26,6 @@ def collect(
     names: Collection[str],
     *,
     layers: Sequence[Layer],
-    labels: str = "model",
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
@@ -37,10 +36,8 @@ def collect(
     Args:
         network: the network; its weights, modes, device and types are the same afterwards.
         data: batches of images and labels, as :func:`fusion.data.batches` yields them.
-        names: of the statistics, ``gram`` and ``fisher``.
+        names: of the statistics.
         layers: whose statistics are wanted.
-        labels: what ``fisher`` takes labels from: ``model`` or ``true``; see
-            :class:`~fusion.merging.statistics.fisher.FisherDiagonal`.
         seed: of the labels that ``fisher`` draws from the network.
         device: where to compute; by default where the network is.
 
@@ -51,9 +48,7 @@ def collect(
         UserError: a name that is not known, no image, or a statistic that is not finite.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in collected(
-        network, data, names, layers=layers, labels=labels, seed=seed, device=device
-    ):
+    for full, tensor in collected(network, data, names, layers=layers, seed=seed, device=device):
         name, _, key = full.partition("/")
         found.setdefault(key, {})[name] = tensor
     return found
@@ -65,7 +60,6 @@ def collected(
     names: Collection[str],
     *,
     layers: Sequence[Layer],
-    labels: str = "model",
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -81,8 +75,9 @@ def collected(
     with measured(network, where):
         if "gram" in names:
             gathering["gram"] = Grams(network, layers)
-        if "fisher" in names:
-            gathering["fisher"] = FisherDiagonal(network, layers, labels=labels, seed=seed)
+        for name, labels in (("fisher", "model"), ("empirical_fisher", "true")):
+            if name in names:
+                gathering[name] = FisherDiagonal(network, layers, labels=labels, seed=seed)
         dtype = image_dtype(network)
         for batch, truth in data:
             images = laid_out(batch, where, dtype)

@@ -17,7 +17,6 @@ from fusion.models.layer import is_leaf
 
 log = logging.getLogger(__name__)
 
-LABELS = ("model", "true")
 # Up to so many classes the expectation over the model's labels is exact, at one backward pass for
 # each class; with more, a label is drawn for each example.
 EXACT_CLASSES = 10
@@ -149,7 +148,7 @@ class FisherDiagonal:
                 raise UserError(
                     f"labels: the network has {classes} outputs, and the images have "
                     f"{'no labels' if labels is None else f'labels up to {int(labels.max())}'}; "
-                    f"say which classes the outputs stand for, or use labels=model"
+                    f"say which classes the outputs stand for, or take labels from the model"
                 )
         elif classes <= EXACT_CLASSES:
             directions = torch.eye(classes, dtype=logits.dtype, device=logits.device)

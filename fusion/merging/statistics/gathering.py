@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fusion.data import batches, label_space, number_of_batches, seed_from
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.files import only_one, require_writable_folder
 from fusion.merging.batch_norm import Calibration
 from fusion.merging.members import Members
 from fusion.merging.statistics.collecting import Batch, check_names, collected
-from fusion.merging.statistics.fisher import LABELS
 from fusion.merging.statistics.lookup import Statistics
 from fusion.merging.statistics.store import read_statistics, write_statistics
 from fusion.modelpool import BaseModelPool
@@ -41,7 +40,6 @@ def gather(
     *,
     layers: Sequence[Layer] | None = None,
     calibration: Calibration | None = None,
-    labels: str = "model",
     device: torch.device | str = "cpu",
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
@@ -51,11 +49,9 @@ def gather(
     Args:
         modelpool: has the experts as networks, and their data.
         members: the experts' tensors, in the order of units that the statistics shall have.
-        names: of the statistics, ``gram`` and ``fisher``.
+        names: of the statistics; :mod:`fusion.merging.statistics` lists them.
         layers: whose statistics are wanted; by default all layers of the members.
         calibration: the sample of each expert's images.
-        labels: what ``fisher`` takes labels from: ``model`` or ``true``; see
-            :class:`~fusion.merging.statistics.fisher.FisherDiagonal`.
         device: where to compute.
         cache_dir: where statistics are kept under a hash of weights, images and options, and read
             from, tensor by tensor, by this and later calls. Two calls at once gather once; a kill
@@ -67,7 +63,7 @@ def gather(
         UserError: a name that is not known, an expert without images, or a folder that cannot be
             written to.
     """
-    check_statistics(modelpool, names, labels=labels)
+    check_statistics(modelpool, names)
     calibration = calibration or Calibration()
     layers = members.layers if layers is None else layers
     if cache_dir is not None:
@@ -86,7 +82,6 @@ def gather(
                 sample.batches(),
                 names,
                 layers=layers,
-                labels=labels,
                 seed=seed_from(calibration.seed, name),
                 device=device,
             )
@@ -94,7 +89,7 @@ def gather(
         if cache_dir is None:
             sources.append(StateDictSource(dict(found())))
             continue
-        recipe = _recipe(network, sample, names, layers, calibration, labels)
+        recipe = _recipe(network, sample, names, layers, calibration)
         folder = cache_dir / f"{name}-{_digest(recipe)[:_NAME_LENGTH]}.statistics"
         with only_one(folder, name):
             kept = read_statistics(folder, recipe)
@@ -108,9 +103,7 @@ def gather(
     return Statistics(sources)
 
 
-def check_statistics(
-    modelpool: BaseModelPool, names: Collection[str], *, labels: str = "model"
-) -> None:
+def check_statistics(modelpool: BaseModelPool, names: Collection[str]) -> None:
     """Check, before any work, that statistics can be gathered.
 
     Raises:
@@ -118,14 +111,13 @@ def check_statistics(
             asked for, without outputs for its own classes.
     """
     check_names(names)
-    check_choice("labels", labels, LABELS)
     lacking = [name for name in modelpool.model_names if not modelpool.has_data("train", name)]
     if names and lacking:
         raise UserError(
             f"statistics ({', '.join(sorted(names))}) are measured on training images of each "
             f"expert, and the pool has none of {', '.join(lacking)}; add them to train_datasets"
         )
-    if "fisher" in names and labels == "true":
+    if "empirical_fisher" in names:
         for name in modelpool.model_names:
             _positions(modelpool, name)
 
@@ -196,8 +188,9 @@ def _positions(modelpool: BaseModelPool, name: str, *, strict: bool = True) -> T
     positions = outputs.positions(classes)
     if positions is None and strict:
         raise UserError(
-            f"labels: the training data of '{name}' has the classes {classes}, and its outputs "
-            f"stand for {outputs}; use labels=model, or say which classes they are"
+            f"empirical_fisher: the training data of '{name}' has the classes {classes}, and its "
+            f"outputs stand for {outputs}; take labels from the model, or say which classes they "
+            f"are"
         )
     return None if positions is None else torch.tensor(positions)
 
@@ -208,7 +201,6 @@ def _recipe(
     names: Collection[str],
     layers: Sequence[Layer],
     calibration: Calibration,
-    labels: str,
 ) -> str:
     """Return all that decides the statistics of one expert, as text."""
     weights = {k: t for k, t in network.state_dict().items() if isinstance(t, Tensor)}
@@ -224,7 +216,6 @@ def _recipe(
             "images": calibration.images,
             "batch_size": calibration.batch_size,
             "seed": calibration.seed,
-            "labels": labels if "fisher" in names else None,
             "dtype": str(image_dtype(network)),
         },
         sort_keys=True,

@@ -179,12 +179,12 @@ def test_what_is_kept_is_found_again(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("change", ["weights", "images", "names", "seed", "batch_size", "labels"])
+@pytest.mark.parametrize("change", ["weights", "images", "names", "seed", "batch_size"])
 def test_what_decides_the_statistics_decides_where_they_are_kept(
     change, modelpool, members, data, tmp_path
 ) -> None:
     small = Calibration(8, 4)
-    names = {"fisher"} if change == "labels" else {"gram"}
+    names = {"gram"}
     gather(modelpool, members, names, calibration=small, cache_dir=tmp_path)
     options = {"calibration": small, "cache_dir": tmp_path}
     match change:
@@ -204,8 +204,6 @@ def test_what_decides_the_statistics_decides_where_they_are_kept(
             names = {"gram", "fisher"}
         case "seed" | "batch_size":
             options["calibration"] = dataclasses.replace(small, **{change: 3})
-        case "labels":
-            options["labels"] = "true"
     gather(modelpool, members, names, **options)
     folders = sorted(path.name for path in tmp_path.glob("*.statistics"))
     assert len(folders) == (3 if change in ("weights", "images") else 4), folders
@@ -285,17 +283,15 @@ def test_true_labels_are_numbers_of_outputs(pool, data) -> None:
     small = Calibration(20, 10)
     fishers = []
     for modelpool in (straight, turned):
-        found = gather(
-            modelpool, Members.read(modelpool), {"fisher"}, labels="true", calibration=small
-        )
-        fishers.append(found["conv1.weight"]["fisher"])
+        found = gather(modelpool, Members.read(modelpool), {"empirical_fisher"}, calibration=small)
+        fishers.append(found["conv1.weight"]["empirical_fisher"])
     assert torch.equal(fishers[0][0], fishers[1][0])
     assert not torch.allclose(fishers[0][1], fishers[1][1], rtol=0.1)
     stranger = BaseModelPool(
         pool, train_datasets={**data, "b": data["a"]}, classes={"b": list(CLASSES["b"])}
     )
     with pytest.raises(UserError, match="training data of 'b'"):
-        check_statistics(stranger, {"fisher"}, labels="true")
+        check_statistics(stranger, {"empirical_fisher"})
 
 
 def test_what_is_missing_is_said_before_any_work(pool, data) -> None:
@@ -304,5 +300,3 @@ def test_what_is_missing_is_said_before_any_work(pool, data) -> None:
         gather(lacking, Members.read(lacking), {"gram"})
     with pytest.raises(UserError, match=r"no 'grams'.*gram"):
         check_statistics(lacking, {"grams"})
-    with pytest.raises(UserError, match="labels"):
-        check_statistics(lacking, {"fisher"}, labels="ture")
