@@ -43,12 +43,13 @@ def test_parts_in_any_order_make_the_file_of_the_whole(tmp_path) -> None:
 def test_a_file_that_is_not_whole_does_not_appear(tmp_path) -> None:
     path = tmp_path / "file.safetensors"
     path.write_bytes(b"before")
-    with pytest.raises(RuntimeError, match="bytes .* were not written"):
-        with writing_safetensors(path, INFOS) as writer:
-            writer.write("count", 0, TENSORS["count"].reshape(-1))
-    with pytest.raises(KeyboardInterrupt):
-        with writing_safetensors(path, INFOS):
-            raise KeyboardInterrupt
+    with (
+        pytest.raises(RuntimeError, match=r"bytes .* were not written"),
+        writing_safetensors(path, INFOS) as writer,
+    ):
+        writer.write("count", 0, TENSORS["count"].reshape(-1))
+    with pytest.raises(KeyboardInterrupt), writing_safetensors(path, INFOS):
+        raise KeyboardInterrupt
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -57,15 +58,19 @@ def test_a_file_that_is_not_whole_does_not_appear(tmp_path) -> None:
     ("start", "part"), [(28, torch.zeros(3)), (0, torch.zeros(3, dtype=torch.float64))]
 )
 def test_what_does_not_fit_its_place_is_refused(start, part, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"are not 'b\.weight'"):
-        with writing_safetensors(tmp_path / "file.safetensors", INFOS) as writer:
-            writer.write("b.weight", start, part)
+    with (
+        pytest.raises(ValueError, match=r"are not 'b\.weight'"),
+        writing_safetensors(tmp_path / "file.safetensors", INFOS) as writer,
+    ):
+        writer.write("b.weight", start, part)
 
 
 def test_reserved_metadata_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="keep strings"):
-        with writing_safetensors(tmp_path / "file.safetensors", INFOS, {TIED: "{}"}):
-            pass
+    with (
+        pytest.raises(UserError, match="keep strings"),
+        writing_safetensors(tmp_path / "file.safetensors", INFOS, {TIED: "{}"}),
+    ):
+        pass
 
 
 def test_mapped_tensors_are_the_files_and_writing_to_them_is_private(tmp_path) -> None:
