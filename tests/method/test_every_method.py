@@ -266,7 +266,7 @@ def family_pool() -> Callable[[str], BaseModelPool]:
 def test_every_family_keeps_a_finite_function(family, variant, family_pool) -> None:
     modelpool = family_pool(family)
     short = {"calibration_images": 24}
-    name, own = VARIANTS[variant]
+    _, own = VARIANTS[variant]
     if "statistics_images" in own:
         short["statistics_images"] = 4
     merged = merge(modelpool, variant, **short)
