@@ -406,7 +406,7 @@ def test_what_cannot_be_streamed_is_said(written, base, peers, train_digits) -> 
         )
     with pytest.raises(UserError, match=r"a file: _pretrained_, p1, p2, p3 \(save it"):
         Merge(streamed=True, rule=Mean()).run(networks)
-    with pytest.raises(UserError, match="streamed is 'yes'; give true, false or auto"):
+    with pytest.raises(UserError, match="streamed is 'yes'; give true or false, or auto"):
         Merge(streamed="yes", rule=Mean())
 
 

@@ -60,6 +60,16 @@ class LeastSquares(Rule):
 
     Raises:
         UserError: an option is outside of its range, or the prior takes statistics of the data.
+
+    Example, of one expert that returns 2 x₁, where the inputs have x₁ = 1 and x₂ = 0::
+
+        >>> import torch
+        >>> from fusion.merging.rule import merge_tensor
+        >>> statistics = {"gram": torch.diag(torch.tensor([1.0, 0.0, 1.0])).double()[None, None],
+        ...               "cross": torch.tensor([2.0, 0.0, 0.0]).double()[None, None, None]}
+        >>> rule = LeastSquares(ridge=1e-6)
+        >>> merge_tensor(rule, [torch.tensor([[5.0, 7.0]])], statistics=statistics).round(decimals=3)
+        tensor([[2., 7.]])
     """
 
     prior: Literal["average", "iso_c", "base"] | Rule = "average"
