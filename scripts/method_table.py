@@ -76,17 +76,16 @@ def main() -> None:
     parser.add_argument("--pool", default="digits_tasks", help="name of a modelpool and a taskpool")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--csv", type=Path, help="one row per measurement; read to go on")
-    parser.add_argument("--only", nargs="*", default=list(METHODS), help="methods to measure")
+    parser.add_argument("--only", default=",".join(METHODS), help="methods, separated by commas")
     parser.add_argument("--defaults", action="store_true", help="do not choose any option")
-    parser.add_argument("overrides", nargs="*", help="further options, as for fusion_bench")
-    arguments, more = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING)
     rows: list[dict[str, Any]] = []
     if arguments.csv and arguments.csv.exists():
         rows = pd.read_csv(arguments.csv).to_dict("records")
     for seed in range(arguments.seeds):
-        bench = Bench(arguments.pool, seed, [*arguments.overrides, *more])
-        for name, treatment, make in bench.networks(arguments.only, not arguments.defaults):
+        bench = Bench(arguments.pool, seed, overrides)
+        for name, treatment, make in bench.networks(arguments.only.split(","), not arguments.defaults):
             key = {"seed": seed, "model": name, "batch_norm": TREATMENTS[treatment]}
             if any(all(row[k] == v for k, v in key.items()) for row in rows):
                 continue

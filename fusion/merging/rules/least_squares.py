@@ -68,7 +68,8 @@ class LeastSquares(Rule):
         >>> statistics = {"gram": torch.diag(torch.tensor([1.0, 0.0, 1.0])).double()[None, None],
         ...               "cross": torch.tensor([2.0, 0.0, 0.0]).double()[None, None, None]}
         >>> rule = LeastSquares(ridge=1e-6)
-        >>> merge_tensor(rule, [torch.tensor([[5.0, 7.0]])], statistics=statistics).round(decimals=3)
+        >>> expert = torch.tensor([[5.0, 7.0]])
+        >>> merge_tensor(rule, [expert], statistics=statistics).round(decimals=3)
         tensor([[2., 7.]])
     """
 
