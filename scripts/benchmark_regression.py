@@ -22,11 +22,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pools import settings
+from pools import few, settings
 from torch import Tensor, nn
 
 import fusion
-from fusion.data import few
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork
 from fusion.target import build
@@ -62,15 +61,13 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> list[dict[str, Any]]:
     values = settings(arguments.pool, seed, overrides)
+    datasets = values["modelpool"]["train_datasets"]
+    values["modelpool"]["train_datasets"] = {
+        name: few(data, arguments.images, seed) for name, data in datasets.items()
+    }
     pool: BaseModelPool = build(values["modelpool"])
     tasks = build(values["taskpool"])
     experts = {name: pool.load_model(name).eval() for name in pool}
-    drawn = {n: few(pool.dataset(n), arguments.images, seed=seed, stratified=False) for n in pool}
-    small = BaseModelPool(
-        {name: pool.load_model(name) for name in pool.all_model_names},
-        train_datasets=drawn,
-        classes={n: list(labels) for n in pool if (labels := pool.labels(n)) is not None},
-    )
     own = {
         pool.task(n): tasks.evaluate_all(
             {"m": Contestant(lambda e=expert: e, pool.labels(n))}  # type: ignore[misc]
@@ -84,7 +81,7 @@ def measure(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> l
 
     def merged(method: str, **options: Any) -> tuple[MultiTaskNetwork, float]:
         start = time.perf_counter()
-        network = fusion.merge(small, method, batch_norm="recalibrate", plot=False, **options)
+        network = fusion.merge(pool, method, batch_norm="recalibrate", plot=False, **options)
         assert isinstance(network, MultiTaskNetwork)
         return network, time.perf_counter() - start
 
@@ -93,7 +90,10 @@ def measure(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> l
     rows = [{"seed": seed, "method": "average", "seconds": seconds, "score": score(average)}]
     solved, budget = merged("layerwise_least_squares", statistics_images=arguments.images)
     rows.append({**rows[0], "method": "least squares", "seconds": budget, "score": score(solved)})
-    images = {n: torch.stack([data[i][0] for i in range(len(data))]) for n, data in drawn.items()}
+    images = {
+        name: torch.stack([image for image, _ in (data[i] for i in range(len(data)))])
+        for name, data in ((name, pool.dataset(name)) for name in pool)
+    }
     with torch.no_grad():
         wanted = {name: experts[name](images[name]) for name in experts}
     best = dict.fromkeys(FACTORS, 0.0)
@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> l
         for factor, student in distilled(
             network, images, wanted, pool, rate, budget, arguments.batch_size, seed
         ):
-            recalibrate_batch_norm(student.networks[0], small.images(), seed=seed)
+            recalibrate_batch_norm(student.networks[0], pool.images(), seed=seed)
             best[factor] = max(best[factor], score(student))
     for factor in FACTORS:
         name = f"distillation, {factor} × its time"

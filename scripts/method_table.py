@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pools import settings
+from pools import few, settings
 from torch import nn
 
 import fusion
-from fusion.data import few
 from fusion.method import Search
 from fusion.method.presets import algorithm
 from fusion.modelpool import BaseModelPool
@@ -85,7 +84,9 @@ def main() -> None:
         rows = pd.read_csv(arguments.csv).to_dict("records")
     for seed in range(arguments.seeds):
         bench = Bench(arguments.pool, seed, overrides)
-        for name, treatment, make in bench.networks(arguments.only.split(","), not arguments.defaults):
+        for name, treatment, make in bench.networks(
+            arguments.only.split(","), not arguments.defaults
+        ):
             key = {"seed": seed, "model": name, "batch_norm": TREATMENTS[treatment]}
             if any(all(row[k] == v for k, v in key.items()) for row in rows):
                 continue
@@ -106,6 +107,11 @@ class Bench:
         values = settings(pool, seed, overrides)
         self.seed = seed
         self._recipes = values["modelpool"]["models"]
+        if "val_datasets" not in values["modelpool"]:
+            values["modelpool"]["val_datasets"] = {
+                name: few(data, 500, seed)
+                for name, data in values["modelpool"]["train_datasets"].items()
+            }
         self.pool: BaseModelPool = build(values["modelpool"])
         self.tasks = build(values["taskpool"])
         self._own: dict[str, float] = {}
@@ -156,18 +162,8 @@ class Bench:
 
     def _chosen(self, name: str, common: dict[str, Any]) -> nn.Module:
         preset, fixed = FIXED.get(name, (name, {}))
-        pool = self.pool
-        if not pool.has_data("val"):
-            members = {member: pool.load_model(member) for member in pool.all_model_names}
-            training = {member: pool.dataset(member) for member in pool}
-            pool = BaseModelPool(
-                members,
-                train_datasets=training,
-                val_datasets={n: few(d, 500, seed=self.seed) for n, d in training.items()},
-                classes={n: list(labels) for n in pool if (labels := pool.labels(n)) is not None},
-            )
         search = Search(method=preset, options=METHODS[name], fixed={**common, **fixed})
-        return search.run(pool)
+        return search.run(self.pool)
 
     def _joint(self, treatment: str) -> nn.Module:
         """Return the base trained on all tasks at once, for as many images as all experts saw."""

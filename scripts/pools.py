@@ -21,3 +21,8 @@ def settings(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     return {
         key: OmegaConf.to_container(config[key], resolve=True) for key in ("modelpool", "taskpool")
     }
+
+
+def few(dataset: dict[str, Any], n: int, seed: int) -> dict[str, Any]:
+    """Return the mapping that builds ``n`` images of a data set, drawn at random."""
+    return {"_target_": "fusion.data.few", "dataset": dataset, "n": n, "seed": seed}
