@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fusion.alignment.matching import Matching
-from fusion.alignment.operations import CONVOLUTIONS, TRANSPOSED
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, first_line
 from fusion.weights import image_dtype, working_dtype
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
 
 

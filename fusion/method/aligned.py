@@ -19,8 +19,7 @@ from fusion.alignment import (
     permutation_spec,
 )
 from fusion.alignment.align import By
-from fusion.alignment.example import example_input_for
-from fusion.alignment.tracing import symbolic_trace
+from fusion.alignment.example import check_traceable, example_input_for
 from fusion.data import seed_from
 from fusion.files import write_text
 from fusion.method.base import BaseAlgorithm
@@ -74,7 +73,7 @@ def check_alignable(modelpool: BaseModelPool, shape: Sequence[int] | None = None
     """
     model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
     if shape is None and modelpool.train_dataset_names:
-        symbolic_trace(model)  # the pool's own images will do; loading them may be long work
+        check_traceable(model)  # the pool's own images will do; loading them may be long work
     else:
         example_input_for(model, shape)
 
