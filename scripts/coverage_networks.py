@@ -128,9 +128,7 @@ def torchvision_segmentation(name: str) -> Any:
 def torchvision_segmentation_aux(name: str) -> Any:
     from torchvision import models
 
-    return models.get_model(
-        name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True
-    )
+    return models.get_model(name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
 
 
 def smp_network(name: str) -> Any:

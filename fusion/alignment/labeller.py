@@ -40,7 +40,7 @@ class Labeller:
             if id(tensor) not in known:
                 key = key_of.get(id(tensor))
                 known[id(tensor)] = (
-                    _constant(tensor)
+                    _constant(trace.constants.get(id(tensor), tensor))
                     if key is None
                     else self._parameter(key, tensor.shape, groups.get(key, 1))
                 )

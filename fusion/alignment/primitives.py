@@ -40,11 +40,32 @@ def demote(ledger: Ledger, x: Labels, factor: Tensor, why: str) -> Labels:
 
 
 def confine(ledger: Ledger, x: Labels, axes: Axes, why: str) -> Labels:
-    """Fix the factors that change along ``axes``, where every position has a meaning of its own."""
+    """Let no factor change along ``axes``, where every position has a meaning of its own.
+
+    All atoms that stand at one place of the other axes move together (after a pixel shuffle, the
+    channels that make one channel); where there are no other axes, they are fixed.
+    """
     for factor in x.factors:
         if support(factor) & axes:
-            x = demote(ledger, x, factor, why)
+            x = _gathered(ledger, x, factor, axes) or demote(ledger, x, factor, why)
     return x
+
+
+def _gathered(ledger: Ledger, x: Labels, factor: Tensor, axes: Axes) -> Labels | None:
+    kept = support(factor) - axes
+    others = [other for other in x.factors if other is not factor]
+    if not kept or any(support(other) & support(factor) for other in others):
+        return None
+    rows = _rows_of(factor, kept)
+    terms, which = torch.unique(rows, dim=1, return_inverse=True)
+    if not all(distinct_atoms(term) for term in terms.T):
+        return None
+    for number, term in enumerate(terms.T):
+        ledger.tie(terms[:, 0], term, torch.tensor(number))
+    shape = [size if axis in kept else 1 for axis, size in enumerate(factor.shape)]
+    place = which.view([1 if axis in kept else size for axis, size in enumerate(factor.shape)])
+    factors = [terms[:, 0].reshape(shape) if f is factor else f for f in x.factors]
+    return made(x.shape, factors, (*x.sites, place), x.cause)
 
 
 # -- element by element ----------------------------------------------------------------------------
@@ -87,26 +108,48 @@ def _paired(
 
     Where several meet one, only the first can be tied: the others are fixed.
     """
-    sets: list[tuple[list[Tensor], list[Tensor]]] = [([f], []) for f in a.factors]
-    for g in b.factors:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    of_a, of_b = list(a.factors), list(b.factors)
+    for f in a.factors:
+        # An atom for each position in both: what else changes along these axes follows.
+        fits = (g for g in of_b if support(f) == support(g) and _all_distinct(f, g))
+        if (g := next(fits, None)) is not None:
+            pairs.append((f, g))
+            of_a, of_b = _without(of_a, f), _without(of_b, g)
+    sets: list[tuple[list[Tensor], list[Tensor]]] = [([f], []) for f in of_a]
+    for g in of_b:
         touched = [one for one in sets if any(support(f) & support(g) for f in one[0])]
         others = [one for one in sets if not any(one is other for other in touched)]
         joined = [f for one in touched for f in one[0]], [h for one in touched for h in one[1]]
         sets = [*others, (joined[0], [*joined[1], g])]
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for of_a, of_b in sets:
-        if not of_a or not of_b:
+    for some_a, some_b in sets:
+        if not some_a or not some_b:
             continue
-        same = [support(f) == support(g) for f, g in zip(of_a, of_b, strict=False)]
-        if len(of_a) == len(of_b) and all(same):
-            pairs += zip(of_a, of_b, strict=True)
+        if len(some_a) == len(some_b) > 1 and all(map(_one_to_one, some_a, some_b)):
+            pairs += zip(some_a, some_b, strict=True)
             continue
-        for f in of_a[1:]:
+        for f in some_a[1:]:
             a = demote(ledger, a, f, why)
-        for g in of_b[1:]:
+        for g in some_b[1:]:
             b = demote(ledger, b, g, why)
-        pairs.append((of_a[0], of_b[0]))
+        pairs.append((some_a[0], some_b[0]))
     return a, b, pairs
+
+
+def _without(parts: Sequence[Tensor], one: Tensor) -> list[Tensor]:
+    return [part for part in parts if part is not one]
+
+
+def _all_distinct(f: Tensor, g: Tensor) -> bool:
+    return bool(support(f)) and distinct_atoms(f) and distinct_atoms(g)
+
+
+def _one_to_one(f: Tensor, g: Tensor) -> bool:
+    """Whether each atom of one factor meets one of the other, everywhere the same."""
+    if support(f) != support(g):
+        return False
+    counts = [int(numbered(parts).max()) for parts in ([f], [g], [f, g])]
+    return counts[0] == counts[1] == counts[2]
 
 
 def _tied(ledger: Ledger, f: Tensor, g: Tensor, where: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -174,11 +217,14 @@ def _covered(ledger: Ledger, x: Labels, factor: Tensor, over: Axes) -> bool:
     So it is for the weight of a grouped convolution, whose filters name their group.
     """
     axes = support(factor) - over
-    return any(
+    covered = any(
         support(other) == axes and distinct_atoms(other) and combined(ledger, other, factor)
         for other in x.factors
         if other is not factor
     )
+    if covered:
+        ledger.colour(factor, pattern(x.sites, support(factor) & over, x.rank))
+    return covered
 
 
 def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:

@@ -63,12 +63,14 @@ class Trace:
     Attributes:
         inputs: The arguments of the forward pass.
         state: The stand-in of each tensor of the state dict, under the first of its keys.
+        constants: id of the stand-in of a buffer that is not in the state dict -> the buffer.
         calls: The operations.
         outputs: Every tensor in what the forward pass returned.
     """
 
     inputs: list[Tensor]
     state: dict[str, Tensor]
+    constants: dict[int, Tensor]
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -100,7 +102,7 @@ def trace(
             f"does not look; make a subclass with that forward (of a network from torch.compile, "
             f"give its _orig_mod)"
         )
-    skeleton, state = _skeleton(model)
+    skeleton, state, constants = _skeleton(model)
     for module in skeleton.modules():
         module.training = training and not type(module).__module__.startswith("torch.nn.")
     floating = next(
@@ -110,7 +112,7 @@ def trace(
         torch.empty_like(x, device="meta", dtype=floating if x.is_floating_point() else x.dtype)
         for x in inputs
     ]
-    record = Trace(list(inputs), state)
+    record = Trace(list(inputs), state, constants)
     recorder = _Recorder(record)
     run: Forward = skeleton if forward is None else lambda *xs: forward(skeleton, *xs)
     with _located(skeleton, recorder):
@@ -275,11 +277,14 @@ class _located:  # noqa: N801  # reads as a context
 # -- the copy --------------------------------------------------------------------------------------
 
 
-def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[int, Tensor]]:
     """Copy ``model`` with its state on the meta device, ties kept; and name the copy's tensors.
 
     Integer and boolean buffers keep their values: they may be an index. So do tensors that are
     neither parameter nor buffer, whose values the forward pass may ask for.
+
+    Returns:
+        The copy, and `Trace.state` and `Trace.constants`.
     """
     name = type(model).__name__
     memo: dict[int, Any] = {}
@@ -302,7 +307,12 @@ def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             if id(tensor) in memo and id(tensor) not in seen:  # not a module's extra state
                 state[key] = memo[id(tensor)]
                 seen.add(id(tensor))
-        return copy.deepcopy(model, memo), state
+        constants = {
+            id(memo[id(buffer)]): buffer.detach()
+            for buffer in model.buffers()
+            if id(buffer) not in seen
+        }
+        return copy.deepcopy(model, memo), state, constants
     except Exception as error:  # a module may hold anything
         raise UserError(
             f"{name} cannot be copied ({first_line(error)}); remove what hangs on it, and run lazy "

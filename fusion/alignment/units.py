@@ -84,8 +84,9 @@ def find_units(ledger: Ledger) -> Units:
     outer = demands.colours()
     for k, blocks in enumerate(ledger.blocks):
         for side in blocks.sides:
+            atoms = side.flatten().numpy()
             block = np.repeat(np.arange(side.shape[0]), side.shape[1])
-            demands.add(of_atom[side.flatten().numpy()], [3, k, block])
+            demands.add(of_atom[atoms], [3, k, mark[atoms], block])
     return Units(of_atom, mark, is_fixed, reasons, demands.colours(), outer)
 
 

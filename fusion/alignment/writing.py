@@ -84,11 +84,13 @@ class _Writer:
         colour = self.units.colour[unit]
         order = np.lexsort((mark, self.number[unit], colour))
         cuts = np.flatnonzero(np.diff(colour[order])) + 1
-        found = []
-        for part in np.split(order, cuts):
-            if len(part) and (size := self.sizes[int(colour[part[0]])]) > 1:
-                found.append((int(colour[part[0]]), free[part].reshape(size, -1)))
-        return found
+        parts = [part for part in np.split(order, cuts) if len(part)]
+        groups = [int(colour[part[0]]) for part in parts]
+        return [
+            (group, free[part].reshape(self.sizes[group], -1))
+            for group, part in zip(groups, parts, strict=True)
+            if self.sizes[group] > 1
+        ]
 
     def _entries(self, column: Column, positions: Ints) -> list[Entry]:
         where = torch.from_numpy(np.ascontiguousarray(positions))
@@ -120,6 +122,8 @@ class _Writer:
             movable[family] = True
         counts: dict[tuple[str, int, str], int] = defaultdict(int)
         for column in self.labeller.ledger.columns:
+            if column.axis > 1 and math.prod(self.shapes[column.tensor][:2]) > 1:
+                continue  # the positions of a kernel, of which nobody expects that they move
             of = units.of(column.atoms)
             for unit in of[~movable[of]].tolist():
                 reason = units.reasons.get(unit, "no other unit being like it")

@@ -45,6 +45,16 @@ def elementwise(op: Operation) -> tuple[Labels, ...]:
     return tuple(one.expanded(shape) for shape in op.shapes)
 
 
+def gated(op: Operation) -> Labels:
+    """Multiply one half along an axis by the sigmoid of the other."""
+    x = op["self"]
+    axis = x.axis(op["dim"])
+    first, second = (
+        x.changed(lambda part, i=i: part.chunk(2, axis)[i], op.shape) for i in range(2)
+    )
+    return meet(op.ledger, first, second, op.why)
+
+
 def constant(op: Operation) -> Labels:
     """Make elements that are all equal."""
     return alike(op.shape, op.why)
@@ -61,6 +71,7 @@ def replaced(op: Operation) -> Labels:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(ALIKE, constant),
+    "glu": gated,
     "copy": replaced,
     "fill": replaced,
 }

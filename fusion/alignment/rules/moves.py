@@ -41,9 +41,13 @@ def move(op: Operation) -> tuple[Labels, ...] | None:
         return None  # an index that is itself computed
     (x,) = op.labels()
     factors = [_run(op, x, part) for part in x.factors]
-    # What is filled in stands at the site 0 of a mark of its own.
-    marks = [torch.ones((), dtype=torch.int64)] if op.name in FILLED else []
-    sites = [_run(op, x, part) for part in (*x.sites, *marks)]
+    sites = [_run(op, x, part) for part in x.sites]
+    if op.name in FILLED:
+        # What is filled in stands at a site of its own, and so may belong to any unit.
+        (moved,) = _run(op, x, torch.ones((), dtype=torch.int64))
+        factors = [[_without_gaps(part, moved)] for (part,) in factors]
+        sites = [[_without_gaps(part, moved)] for (part,) in sites]
+        sites.append([moved])
     out = [
         made(shape, [part[i] for part in factors], [part[i] for part in sites], x.cause)
         for i, shape in enumerate(op.shapes)
@@ -80,6 +84,16 @@ def _run(op: Operation, x: Labels, part: Tensor) -> list[Tensor]:
         arguments["value"] = 0
     result = op.run(**arguments)
     return [one.long() for one in ([result] if isinstance(result, Tensor) else result)]
+
+
+def _without_gaps(part: Tensor, moved: Tensor) -> Tensor:
+    """Return labels that agree with ``part`` where something was moved, and change little."""
+    for axis, size in enumerate(part.shape):
+        if size > 1:
+            largest = part.amax(axis, keepdim=True)
+            if bool(((part == largest) | (moved == 0)).all()):
+                part, moved = largest, moved.amax(axis, keepdim=True)
+    return part
 
 
 def complete(ledger: Ledger, x: Labels, why: str) -> Labels:

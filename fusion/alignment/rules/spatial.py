@@ -19,7 +19,7 @@ TRAILING = {
     "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
     "fractional_max_pool2d": 2, "fractional_max_pool3d": 3, "upsample_linear1d": 1,
     "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
-    "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2, "col2im": 2,
+    "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
 }  # fmt: skip
 
 
@@ -35,6 +35,15 @@ def along_axes(op: Operation) -> tuple[Labels, ...]:
     x = op["self"]
     over = x.axes(op["dim"])
     return tuple(spread(op.ledger, x, over, shape, op.why) for shape in op.shapes)
+
+
+def fold(op: Operation) -> Labels | None:
+    """Sum patches (N, C · kernel, L) into images (N, C, H, W)."""
+    x: Labels = op["self"]
+    if x.rank != 3:
+        return None
+    patches = x.viewed([*op.shape[:2], -1, x.shape[-1]])
+    return spread(op.ledger, patches, frozenset((2, 3)), op.shape, op.why)
 
 
 def unpool(op: Operation) -> Labels:
@@ -68,6 +77,7 @@ RULES: dict[str, Rule] = {
         ),
         along_axes,
     ),
+    "col2im": fold,
     "max_unpool2d": unpool,
     "max_unpool3d": unpool,
     "grid_sampler_2d": sample,
