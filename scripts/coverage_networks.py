@@ -29,9 +29,13 @@ def image(side: int) -> tuple[Shape, ...]:
     return ((3, side, side),)
 
 
+def list_of(names: str) -> list[str]:
+    return names.split()
+
+
 # -- classifiers -----------------------------------------------------------------------------------
 
-TIMM = """
+TIMM = list_of("""
     bat_resnext26ts eca_resnext26ts gcresnet50t gcresnext26ts gernet_s mobileone_s0 mobileone_s1
     regnetz_b16 regnetz_b16_evos regnetz_c16 regnetz_d8 repvgg_a0 repvgg_b1g4 resnet32ts
     resnet50_mlp resnet51q resnext26ts seresnext26ts test_byobnet
@@ -76,23 +80,23 @@ TIMM = """
     vgg11 vgg11_bn
     ese_vovnet19b_slim ese_vovnet19b_slim_dw ese_vovnet39b_evos eca_vovnet39b vovnet39a
     legacy_xception xception41 xception41p
-""".split()
+""")
 # Mostly convolutional, with some attention: what of them is covered, the table says.
-TIMM_HYBRIDS = """
+TIMM_HYBRIDS = list_of("""
     csatv2 edgenext_xx_small edgenext_small_rw efficientformer_l1 efficientvit_b0 focalnet_tiny_srf
     shvit_s1 swiftformer_xs mobilenetv5_300m_enc
-""".split()
+""")
 TIMM_SIDES = {
     "inception_resnet_v2": 96, "inception_v3": 96, "inception_v4": 96,
     "nasnetalarge": 96, "pnasnet5large": 96, "legacy_xception": 96,
     "convmixer_768_32": 56, "convformer_s18": 64, "csatv2": 512, "mobilenetv5_300m_enc": 256,
     "edgenext_small_rw": 64, "efficientformer_l1": 224, "vgg11": 32, "vgg11_bn": 32,
 }  # fmt: skip
-TORCHVISION = """
+TORCHVISION = list_of("""
     alexnet vgg11 vgg11_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet
     inception_v3 squeezenet1_0 mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5
     efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny
-""".split()
+""")
 
 
 def timm_network(name: str) -> Any:
@@ -112,11 +116,11 @@ def torchvision_network(name: str) -> Any:
 
 # -- segmentation ----------------------------------------------------------------------------------
 
-SMP = """
+SMP = list_of("""
     Unet:resnet18 Unet:mobilenet_v2 Unet:efficientnet-b0 UnetPlusPlus:resnet18 MAnet:resnet18
     Linknet:resnet18 FPN:resnet18 PSPNet:resnet18 PAN:resnet18 DeepLabV3:resnet18
     DeepLabV3Plus:resnet18 UPerNet:resnet18
-""".split()
+""")
 
 
 def torchvision_segmentation(name: str) -> Any:

@@ -214,10 +214,12 @@ def _outputs(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Return for each weight its module and the channel axis of the module's output."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
-            found[f"{name}.weight"] = (name, 1 - module.weight.ndim)
-        elif isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = (name, -1)
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+            axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.ndim
+            for key, tensor in module.state_dict().items():
+                # Under a parametrization (weight norm), the tensor that it starts from.
+                if "weight" in key and tensor.shape == module.weight.shape:
+                    found[f"{name}.{key}" if name else key] = (name, axis)
     return found
 
 

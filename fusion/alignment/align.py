@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusion.alignment.agreement import by_activations, by_weights
+from fusion.alignment.copies import copied
 from fusion.alignment.permutation import apply_permutation
 from fusion.alignment.spec import PermutationSpec
 from fusion.alignment.symmetries import permutation_spec, require_eval_mode
@@ -132,7 +132,7 @@ def align(
         )
     else:
         assert data is not None
-        copies = copy.deepcopy(model), copy.deepcopy(reference)
+        copies = copied(model), copied(reference)
         matching = by_activations(
             spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
         )

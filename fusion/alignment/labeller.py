@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,12 @@ from fusion.alignment.nested import flat, nested
 from fusion.alignment.rules import RULES, Operation
 from fusion.alignment.rules.elementwise import ALIKE
 from fusion.alignment.tracing import Call, Trace
+from fusion.errors import UserError
 
+_LOST = (
+    "the forward pass cannot be followed: an operation reads a tensor that no recorded operation "
+    "made; pass a permutation spec written by hand"
+)
 MANY = 1_000_000  # elements of a constant from which on its values are not compared
 
 
@@ -34,16 +40,25 @@ class Labeller:
         key_of = {id(tensor): key for key, tensor in trace.state.items()}
         read = {id(part) for call in trace.calls for part in flat(dict(call.arguments))}
         read |= {id(output) for output in trace.outputs}
+        literals = {
+            id(part)
+            for call in trace.calls
+            if call.name.startswith("lift")
+            for part in flat(dict(call.arguments))
+        }
         known = {id(x): distinct(x.shape, "input") for x in trace.inputs}
 
         def labels_of(tensor: Tensor) -> Labels:
             if id(tensor) not in known:
                 key = key_of.get(id(tensor))
-                known[id(tensor)] = (
-                    _constant(trace.constants.get(id(tensor), tensor))
-                    if key is None
-                    else self._parameter(key, tensor.shape, groups.get(key, 1))
-                )
+                if key is not None:
+                    labels = self._parameter(key, tensor.shape, groups.get(key, 1))
+                else:
+                    constant = trace.constants.get(id(tensor), tensor)
+                    if constant.is_meta and id(tensor) not in literals:
+                        raise UserError(_LOST)
+                    labels = _constant(constant)
+                known[id(tensor)] = labels
             return known[id(tensor)]
 
         for call in trace.calls:
@@ -51,7 +66,7 @@ class Labeller:
             if all(not result.is_meta for result in results):
                 continue  # a constant, of which the values are known
             arguments = {
-                name: value if _is_index(call, name) else nested(value, labels_of)
+                name: _on_cpu(value) if _is_index(call, name) else nested(value, labels_of)
                 for name, value in call.arguments.items()
             }
             first = next(
@@ -96,7 +111,7 @@ class Labeller:
     def _parameter(self, key: str, shape: torch.Size, groups: int) -> Labels:
         """Return labels of a parameter, or buffer: new atoms along each of its axes."""
         if key not in self.state:
-            factors = []
+            factors: list[Tensor] = []
             for axis, size in enumerate(shape):
                 if axis == 1 and groups > 1:
                     factors.append(self._columns_of_groups(key, shape, groups, factors[0]))
@@ -129,6 +144,10 @@ def _is_index(call: Call, name: str) -> bool:
         return False
     parts = [part for part in flat(call.arguments[name]) if isinstance(part, Tensor)]
     return all(not part.is_meta for part in parts)
+
+
+def _on_cpu(value: Any) -> Any:
+    return nested(value, Tensor.cpu)
 
 
 def _groups(trace: Trace) -> dict[str, int]:

@@ -131,7 +131,8 @@ def _viewed(part: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     Axes are split and merged in groups of equal size; where the label does not change along a
     group, it does not along the new axes either: an image of any size costs its channels only.
     """
-    within, shape = [], []
+    within: list[int] = []
+    shape: list[int] = []
     i = j = 0
     while i < len(old) or j < len(new):
         start, begin = i, j
@@ -232,6 +233,6 @@ def _rows(joint: Tensor, axes: Axes) -> Tensor:
     order += [a for a in range(joint.ndim) if a not in order]
     kept = [joint.shape[a] for a in sorted(axes & support(joint))]
     rows = joint.permute(order).reshape(math.prod(kept), -1)
-    number = torch.unique(rows, dim=0, return_inverse=True)[1]
+    number: Tensor = torch.unique(rows, dim=0, return_inverse=True)[1]
     shape = [joint.shape[a] if a in axes else 1 for a in range(joint.ndim)]
     return number.view(shape)

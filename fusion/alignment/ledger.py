@@ -79,7 +79,7 @@ class Ledger:
 
         The three are broadcast. Where only one of a pair is an atom, it is coloured by the mark.
         """
-        a, b, marks = torch.broadcast_tensors(a, b, marks)
+        a, b, marks = torch.broadcast_tensors(a, b, marks)  # type: ignore[no-untyped-call]
         a, b, marks = a.flatten(), b.flatten(), marks.flatten()
         both = (a != NONE) & (b != NONE)
         if not both.all():
@@ -92,7 +92,7 @@ class Ledger:
 
     def colour(self, atoms: Tensor, marks: Tensor) -> None:
         """Demand that a symmetry take each atom to one that carries the same marks."""
-        atoms, marks = torch.broadcast_tensors(atoms, marks)
+        atoms, marks = torch.broadcast_tensors(atoms, marks)  # type: ignore[no-untyped-call]
         carried = atoms != NONE
         if carried.any():
             self.colourings.append(Colouring(atoms[carried], marks[carried]))

@@ -14,6 +14,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from fusion.alignment.copies import copied
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, suggestion
 
@@ -91,7 +92,7 @@ def apply_permutation(
     """
     check_permutations(spec, permutations)
     if isinstance(target, nn.Module):
-        module = copy.deepcopy(target)
+        module = copied(target)
         tensors = module.state_dict()  # views of the copy's own tensors
         for key, value in _permuted(target.state_dict(), spec, permutations):
             tensors[key].copy_(value)

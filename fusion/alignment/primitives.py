@@ -57,7 +57,9 @@ def _gathered(ledger: Ledger, x: Labels, factor: Tensor, axes: Axes) -> Labels |
     if not kept or any(support(other) & support(factor) for other in others):
         return None
     rows = _rows_of(factor, kept)
-    terms, which = torch.unique(rows, dim=1, return_inverse=True)
+    terms, which = torch.unique(  # type: ignore[no-untyped-call]
+        rows, dim=1, return_inverse=True
+    )
     if not all(distinct_atoms(term) for term in terms.T):
         return None
     for number, term in enumerate(terms.T):
@@ -158,7 +160,7 @@ def _tied(ledger: Ledger, f: Tensor, g: Tensor, where: Tensor) -> tuple[Tensor, 
     Returns:
         The factor of the result, and what tells apart the atoms that meet one atom at one site.
     """
-    f, g, where = torch.broadcast_tensors(f, g, where)
+    f, g, where = torch.broadcast_tensors(f, g, where)  # type: ignore[no-untyped-call]
     both = (f != NONE) & (g != NONE)
     ranks = []
     for one, other in ((f, g), (g, f)):
@@ -232,7 +234,7 @@ def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
 
     Blocks are demanded to stay.
     """
-    f, g = torch.broadcast_tensors(f, g)
+    f, g = torch.broadcast_tensors(f, g)  # type: ignore[no-untyped-call]
     of_f, i = torch.unique(f, return_inverse=True)
     of_g, j = torch.unique(g, return_inverse=True)
     if of_f[0] == NONE or of_g[0] == NONE:
@@ -324,8 +326,9 @@ def contract(
         lines.append(Labels(torch.Size(shape), inside, tidy([where]), x.cause))
         short = torch.Size(1 if a == axis else size for a, size in enumerate(x.shape))
         rests.append(Labels(short, outside, fibres(x.sites, frozenset((axis,))), x.cause))
-    summed = reduce(ledger, meet(ledger, *lines, why), frozenset((axis,)), why)
-    return meet(ledger, meet(ledger, *rests, why), summed, why)
+    met = meet(ledger, lines[0], lines[1], why)
+    summed = reduce(ledger, met, frozenset((axis,)), why)
+    return meet(ledger, meet(ledger, rests[0], rests[1], why), summed, why)
 
 
 # -- along axes in which every position has its meaning --------------------------------------------

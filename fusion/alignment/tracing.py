@@ -10,6 +10,7 @@ so that one tensor means one value.
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusion.alignment.copies import computed_tensors
 from fusion.alignment.nested import flat, nested
 from fusion.errors import UserError, first_line
 
@@ -102,6 +104,8 @@ def trace(
             f"does not look; make a subclass with that forward (of a network from torch.compile, "
             f"give its _orig_mod)"
         )
+    if forward is None:
+        _check_count(model, inputs)
     skeleton, state, constants = _skeleton(model)
     for module in skeleton.modules():
         module.training = training and not type(module).__module__.startswith("torch.nn.")
@@ -123,6 +127,21 @@ def trace(
     return record
 
 
+def _check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Check that the forward pass takes as many arguments as came."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return
+    taken = [p for p in parameters if p.kind in kinds]
+    required = [p for p in taken if p.default is inspect.Parameter.empty]
+    if not len(required) <= len(inputs) <= len(taken):
+        raise DoesNotFitError(
+            f"example_input: {type(model).__name__}.forward takes {len(required)} tensors, "
+            f"{len(inputs)} came; give one tensor for each, as a tuple if there are several"
+        )
+
+
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -130,15 +149,19 @@ class _ReadsValuesError(Exception):
     """The forward pass asked for the value of a tensor that has only a shape."""
 
 
+class _ChangesInPlaceError(Exception):
+    """An operation changes a tensor in a way that cannot be rewritten."""
+
+
 class _OpaqueOutputError(Exception):
     """The forward pass returned an object whose tensors cannot be found."""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each operation that reaches the dispatcher below functionalization."""
 
     def __init__(self, record: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = record
         self.module = ""
 
@@ -151,6 +174,8 @@ class _Recorder(TorchDispatchMode):
         name = _name(func)
         if shapes_only and name in _READS_VALUES:
             raise _ReadsValuesError
+        if shapes_only and func._schema.is_mutable:  # what functionalization did not rewrite
+            raise _ChangesInPlaceError(name)
         if shapes_only:
             change = _indices_stay if name == "index" else _on_meta
             run = {key: change(value) for key, value in arguments.items()}
@@ -159,9 +184,7 @@ class _Recorder(TorchDispatchMode):
             result = func(**run)
         else:
             result = func(*args, **(kwargs or {}))
-        if not func._schema.is_mutable:
-            # What is left of operations in place are constants' own, and the last copies back to
-            # the arguments, after the forward pass.
+        if not func._schema.is_mutable:  # else of constants, whose values are looked at last
             self.record.calls.append(Call(name, func, arguments, result, self.module))
         return result
 
@@ -191,7 +214,9 @@ def _on_meta(value: Any) -> Any:
 
 
 def _indices_stay(value: Any) -> Any:
-    return value if isinstance(value, list) else _on_meta(value)  # a mask gives a shape
+    if not isinstance(value, list):
+        return _on_meta(value)
+    return nested(value, lambda index: index if index.is_meta else index.cpu())  # a mask: a shape
 
 
 @torch.no_grad()
@@ -199,29 +224,30 @@ def _run(
     skeleton: nn.Module, run: Forward, inputs: Sequence[Tensor], recorder: _Recorder
 ) -> list[Tensor]:
     with recorder, torch.device("meta"):  # for what the forward pass makes without a device
-        torch._enable_functionalization(reapply_views=True)  # type: ignore[attr-defined]
+        torch._enable_functionalization(reapply_views=True)
         try:
             _wrap_state(skeleton)
             result = run(*map(torch._to_functional_tensor, inputs))
             outputs = list(_tensors_in(result))
-            for output in outputs:
-                if torch._is_functional_tensor(output):
-                    torch._sync(output)  # type: ignore[no-untyped-call]
-            return [
-                torch._from_functional_tensor(output)
-                if torch._is_functional_tensor(output)
-                else output
-                for output in outputs
-            ]
+            return [_unwrapped(output) for output in outputs]
         finally:
-            torch._disable_functionalization()  # type: ignore[attr-defined]
+            torch._disable_functionalization()  # type: ignore[no-untyped-call]
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Return the value of a tensor after all that was done to it in place."""
+    if not torch._is_functional_tensor(tensor):
+        return tensor
+    torch._sync(tensor)  # type: ignore[attr-defined,no-untyped-call]
+    return torch._from_functional_tensor(tensor)
 
 
 def _wrap_state(skeleton: nn.Module) -> None:
     """Make every parameter and buffer on the meta device one that may be changed in place."""
     wrapped: dict[int, Tensor] = {}
     for module in skeleton.modules():
-        for own in (module._parameters, module._buffers):
+        owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in owned:
             for name, tensor in own.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in wrapped:
@@ -287,13 +313,9 @@ def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[int,
         The copy, and `Trace.state` and `Trace.constants`.
     """
     name = type(model).__name__
-    memo: dict[int, Any] = {}
     state: dict[str, Tensor] = {}
     try:
-        for module in model.modules():
-            for value in flat(list(vars(module).values())):
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo[id(value)] = value.detach()  # such as the weight that weight norm computed
+        memo: dict[int, Any] = dict(computed_tensors(model))
         for tensor in (*model.parameters(), *model.buffers()):
             if isinstance(tensor, nn.Parameter):
                 empty = torch.empty_like(tensor, device="meta")
@@ -332,6 +354,11 @@ def _explained(name: str, inputs: Sequence[Tensor], module: str, error: Exceptio
             f"return tensors in tuples, lists, dicts or dataclasses"
         )
     place = _place(module, error)
+    if isinstance(error, _ChangesInPlaceError):
+        return UserError(
+            f"{name} cannot be traced: {place}: {error} changes a tensor in place, and has no form "
+            f"that does not; {_CURE}"
+        )
     if isinstance(error, _ReadsValuesError):
         return UserError(
             f"{name} cannot be traced: {place}: its forward pass depends on the value of a tensor, "

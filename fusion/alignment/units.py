@@ -47,7 +47,8 @@ class Units:
 
     def of(self, atoms: Tensor) -> Ints:
         """Return the unit of each of ``atoms``."""
-        return self.of_atom[atoms.numpy()]
+        units: Ints = self.of_atom[atoms.numpy()]
+        return units
 
 
 def find_units(ledger: Ledger) -> Units:
@@ -62,8 +63,8 @@ def find_units(ledger: Ledger) -> Units:
             reasons[unit] = why
         is_fixed[units] = True
 
-    for atoms, why in ledger.fixed:
-        fix(np.unique(of_atom[atoms.numpy()]), why)
+    for fixed, why in ledger.fixed:
+        fix(np.unique(of_atom[fixed.numpy()]), why)
     column = _columns(ledger)
     mark = column.copy()
     ambiguous = np.unique(_repeated(of_atom, mark, is_fixed))
@@ -119,7 +120,8 @@ def _repeated(of_atom: Ints, mark: Ints, is_fixed: NDArray[np.bool_]) -> Ints:
     atoms = np.flatnonzero(~is_fixed[of_atom])
     order = atoms[np.lexsort((mark[atoms], of_atom[atoms]))]
     unit, place = of_atom[order], mark[order]
-    return unit[1:][(unit[1:] == unit[:-1]) & (place[1:] == place[:-1])]
+    found: Ints = unit[1:][(unit[1:] == unit[:-1]) & (place[1:] == place[:-1])]
+    return found
 
 
 def _places(ledger: Ledger, column: Ints, inside: NDArray[np.bool_]) -> Ints:

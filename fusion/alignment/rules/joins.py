@@ -100,9 +100,7 @@ def _side_by_side(pieces: Sequence[Tensor], parts: Sequence[Labels], axis: int) 
     first = pieces[0]
     if axis not in support(first) and all(torch.equal(first, piece) for piece in pieces[1:]):
         return first
-    shape = list(torch.broadcast_shapes(*(
-        [1 if a == axis else size for a, size in enumerate(piece.shape)] for piece in pieces
-    )))  # fmt: skip
+    shape = [max(sizes) for sizes in zip(*(piece.shape for piece in pieces), strict=True)]
     full = []
     for piece, part in zip(pieces, parts, strict=True):
         shape[axis] = part.shape[axis]
