@@ -57,9 +57,7 @@ def _gathered(ledger: Ledger, x: Labels, factor: Tensor, axes: Axes) -> Labels |
     if not kept or any(support(other) & support(factor) for other in others):
         return None
     rows = _rows_of(factor, kept)
-    terms, which = torch.unique(  # type: ignore[no-untyped-call]
-        rows, dim=1, return_inverse=True
-    )
+    terms, which = torch.unique(rows, dim=1, return_inverse=True)
     if not all(distinct_atoms(term) for term in terms.T):
         return None
     for number, term in enumerate(terms.T):
@@ -289,7 +287,7 @@ def _rows_of(part: Tensor, axes: Axes) -> Tensor:
 
 def distinct_atoms(atoms: Tensor) -> bool:
     """Whether every element is an atom, and no two the same."""
-    return bool((atoms != NONE).all()) and atoms.unique().numel() == atoms.numel()
+    return bool((atoms != NONE).all()) and atoms.unique().numel() == atoms.numel()  # type: ignore[no-untyped-call]
 
 
 def normalise(ledger: Ledger, x: Labels, over: Axes, why: str) -> Labels:
