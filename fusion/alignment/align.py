@@ -13,7 +13,7 @@ from fusion.alignment.agreement import by_activations, by_weights
 from fusion.alignment.copies import copied
 from fusion.alignment.permutation import apply_permutation
 from fusion.alignment.spec import PermutationSpec
-from fusion.alignment.symmetries import permutation_spec, require_eval_mode
+from fusion.alignment.symmetries import on_cpu, permutation_spec, require_eval_mode
 from fusion.errors import UserError
 from fusion.weights import exact_device
 
@@ -136,7 +136,7 @@ def align(
         matching = by_activations(
             spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
         )
-    with torch.device("cpu"):  # permutations live there, whatever the default device
+    with on_cpu():  # permutations live there, whatever the default device
         found, before = matching.solve()
         rows = []
         for group in spec.groups:

@@ -92,6 +92,11 @@ class Ledger:
 
     def colour(self, atoms: Tensor, marks: Tensor) -> None:
         """Demand that a symmetry take each atom to one that carries the same marks."""
+        if marks.numel() == 1:  # how often each stands there
+            first = int(atoms.min())
+            marks = torch.bincount(atoms.flatten() - first)
+            atoms = marks.nonzero().flatten() + first
+            marks = marks[atoms - first]
         atoms, marks = torch.broadcast_tensors(atoms, marks)  # type: ignore[no-untyped-call]
         carried = atoms != NONE
         if carried.any():

@@ -217,14 +217,12 @@ def _covered(ledger: Ledger, x: Labels, factor: Tensor, over: Axes) -> bool:
     So it is for the weight of a grouped convolution, whose filters name their group.
     """
     axes = support(factor) - over
-    covered = any(
-        support(other) == axes and distinct_atoms(other) and combined(ledger, other, factor)
-        for other in x.factors
-        if other is not factor
-    )
-    if covered:
-        ledger.colour(factor, pattern(x.sites, support(factor) & over, x.rank))
-    return covered
+    owners = (other for other in x.factors if support(other) == axes and distinct_atoms(other))
+    owner = next(owners, None)
+    if owner is None or not combined(ledger, owner, factor):
+        return False
+    ledger.colour(factor, pattern(x.sites, support(factor) & over, x.rank))
+    return True
 
 
 def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
@@ -232,9 +230,9 @@ def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
 
     Blocks are demanded to stay.
     """
-    f, g = torch.broadcast_tensors(f, g)  # type: ignore[no-untyped-call]
     of_f, i = torch.unique(f, return_inverse=True)
     of_g, j = torch.unique(g, return_inverse=True)
+    i, j = torch.broadcast_tensors(i, j)  # type: ignore[no-untyped-call]
     if of_f[0] == NONE or of_g[0] == NONE:
         return False
     together = torch.zeros(len(of_f), len(of_g), dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def permutation_spec(
             f"torch.zeros(1, 3, 32, 32), or a tuple of tensors"
         )
     require_eval_mode(model, "the model")
-    with torch.device("cpu"), torch.no_grad():  # labels live there, whatever the default device
+    with on_cpu(), torch.no_grad():  # labels live there, whatever the default device
         labeller = Labeller(model)
         labeller.walk(trace(model, inputs, forward=forward))
         parameters = {name for name, _ in model.named_parameters()}
@@ -72,6 +73,13 @@ def permutation_spec(
             else:
                 labeller.walk(recorded)
         return written(labeller, model)
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Return a context in which tensors are made on the CPU."""
+    if torch.get_default_device().type == "cpu":
+        return nullcontext()  # the context of a device looks at every call
+    return torch.device("cpu")
 
 
 def require_eval_mode(model: nn.Module, which: str) -> None:
