@@ -45,8 +45,9 @@ def by_weights(
         if key in ours and key in theirs and ours[key].shape == theirs[key].shape
     ]
     dtype = working_dtype([*ours.values(), *theirs.values()])
-    a = {key: _of_unit_scale(ours[key], dtype, device) for key in keys}
-    b = {key: _of_unit_scale(theirs[key], dtype, device) for key in keys}
+    view = {key: spec.by_tensor[key][0][1].view or ours[key].shape for key in keys}
+    a = {key: _of_unit_scale(ours[key], dtype, device).reshape(view[key]) for key in keys}
+    b = {key: _of_unit_scale(theirs[key], dtype, device).reshape(view[key]) for key in keys}
     # A tensor of zeros agrees with nothing.
     count = {key: a[key].numel() if a[key].any() and b[key].any() else 0 for key in keys}
     total = sum(count.values())

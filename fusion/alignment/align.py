@@ -258,7 +258,10 @@ def _require_one_architecture(
                 f"the spec names the tensor '{key}', which {type(model).__name__} does not have; "
                 f"it belongs to another architecture"
             )
-        for axis in sorted({entry.axis for _, entry in parts}):
+        # A tensor that is read in another shape must be as long as it was along all axes.
+        whole = any(entry.view is not None for _, entry in parts)
+        axes = range(len(spec.shapes[key])) if whole else {entry.axis for _, entry in parts}
+        for axis in sorted(axes):
             lengths = [tensor.shape[axis : axis + 1] for tensor in (ours[key], theirs[key])]
             if lengths[0] != lengths[1] or tuple(lengths[0]) != spec.shapes[key][axis : axis + 1]:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Labeller:
 
     def walk(self, trace: Trace) -> None:
         """Apply the rule of every operation of ``trace``."""
-        groups = _groups(trace)
+        groups, views = _groups(trace), _views(trace)
         key_of = {id(tensor): key for key, tensor in trace.state.items()}
         read = {id(part) for call in trace.calls for part in flat(dict(call.arguments))}
         read |= {id(output) for output in trace.outputs}
@@ -52,7 +53,7 @@ class Labeller:
             if id(tensor) not in known:
                 key = key_of.get(id(tensor))
                 if key is not None:
-                    labels = self._parameter(key, tensor.shape, groups.get(key, 1))
+                    labels = self._parameter(key, tensor, groups.get(key, 1), views.get(key))
                 else:
                     constant = trace.constants.get(id(tensor), tensor)
                     if constant.is_meta and id(tensor) not in literals:
@@ -108,23 +109,29 @@ class Labeller:
         for factor in labels.factors:
             self.ledger.fix(factor, why)
 
-    def _parameter(self, key: str, shape: torch.Size, groups: int) -> Labels:
+    def _parameter(
+        self, key: str, tensor: Tensor, groups: int, view: tuple[int, ...] | None
+    ) -> Labels:
         """Return labels of a parameter, or buffer: new atoms along each of its axes."""
         if key not in self.state:
             factors: list[Tensor] = []
+            shape = view or tuple(tensor.shape)
             for axis, size in enumerate(shape):
                 if axis == 1 and groups > 1:
                     factors.append(self._columns_of_groups(key, shape, groups, factors[0]))
                 elif size > 1:
-                    factors.append(along(self.ledger.column(key, axis, size), axis, len(shape)))
-            self.state[key] = Labels(shape, tuple(factors))
+                    atoms = self.ledger.column(key, axis, size, view=view)
+                    factors.append(along(atoms, axis, len(shape)))
+            self.state[key] = Labels(torch.Size(shape), tuple(factors)).viewed(tensor.shape)
         return self.state[key]
 
-    def _columns_of_groups(self, key: str, shape: torch.Size, groups: int, rows: Tensor) -> Tensor:
+    def _columns_of_groups(
+        self, key: str, shape: tuple[int, ...], groups: int, rows: Tensor
+    ) -> Tensor:
         """Return new atoms for axis 1 of a weight, others for each group of its rows."""
         n = shape[0] // groups
         atoms = torch.stack([
-            self.ledger.column(key, 1, shape[1], (j * n, (j + 1) * n)) for j in range(groups)
+            self.ledger.column(key, 1, shape[1], rows=(j * n, (j + 1) * n)) for j in range(groups)
         ])  # fmt: skip
         self.ledger.partition(atoms, rows.view(groups, -1))
         ones = [1] * (len(shape) - 2)
@@ -156,17 +163,44 @@ def _groups(trace: Trace) -> dict[str, int]:
     found: dict[str, set[int]] = defaultdict(set)
     for call in trace.calls:
         if call.name == "convolution":
-            weight = call.arguments["weight"]
+            weight, groups = call.arguments["weight"], call.arguments["groups"]
             key = origin.get(id(weight))
-            groups = call.arguments["groups"]
             if key is not None and tuple(weight.shape[:2]) != (groups, 1):
                 same = trace.state[key].shape[:2] == weight.shape[:2]
                 found[key].add(groups if same else 1)
-        for result in flat(call.result):
-            if isinstance(result, Tensor):
-                for part in flat(dict(call.arguments)):
-                    if isinstance(part, Tensor) and part.numel() == result.numel():
-                        key = origin.get(id(part))
-                        if key is not None:
-                            origin.setdefault(id(result), key)
+        for result, source in _same_size(call):
+            if id(source) in origin:
+                origin.setdefault(id(result), origin[id(source)])
     return {key: groups.pop() for key, groups in found.items() if len(groups) == 1}
+
+
+def _views(trace: Trace) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of kernels that the forward pass mixes from the rows of a matrix.
+
+    Each row of such a parameter is a kernel (conditionally parameterized convolutions, Yang et
+    al., 2019, 1904.04971).
+    """
+    matrix = {id(tensor): key for key, tensor in trace.state.items() if tensor.ndim == 2}
+    mixed: dict[int, str] = {}
+    found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for call in trace.calls:
+        if call.name == "mm" and id(call.arguments["mat2"]) in matrix and len(call.result) == 1:
+            mixed[id(call.result)] = matrix[id(call.arguments["mat2"])]
+        if call.name == "convolution":
+            weight = call.arguments["weight"]
+            if id(weight) in mixed:
+                key = mixed[id(weight)]
+                found[key].add((trace.state[key].shape[0], *weight.shape))
+        for result, source in _same_size(call):
+            if id(source) in mixed:
+                mixed.setdefault(id(result), mixed[id(source)])
+    return {key: shapes.pop() for key, shapes in found.items() if len(shapes) == 1}
+
+
+def _same_size(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the results of a call with the arguments that have as many elements."""
+    parts = [part for part in flat(dict(call.arguments)) if isinstance(part, Tensor)]
+    for result in flat(call.result):
+        for part in parts if isinstance(result, Tensor) else ():
+            if part.numel() == result.numel():
+                yield result, part

@@ -15,12 +15,14 @@ class Column:
     """One axis of one parameter or buffer and the atoms of its positions.
 
     ``rows`` bounds the rows of axis 0 to which a column on axis 1 applies (a grouped convolution
-    keeps the inputs of each group in rows of their own); ``None`` means all of them.
+    keeps the inputs of each group in rows of their own); ``None`` means all of them. ``view`` is
+    the shape in which the tensor is read, ``None`` its own.
     """
 
     tensor: str
     axis: int
     rows: tuple[int, int] | None
+    view: tuple[int, ...] | None
     atoms: Tensor
 
 
@@ -67,11 +69,19 @@ class Ledger:
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     blocks: list[Blocks] = field(default_factory=list)
 
-    def column(self, tensor: str, axis: int, n: int, rows: tuple[int, int] | None = None) -> Tensor:
+    def column(
+        self,
+        tensor: str,
+        axis: int,
+        n: int,
+        *,
+        rows: tuple[int, int] | None = None,
+        view: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Return ``n`` new atoms, the positions along ``axis`` of ``tensor``: (n,) int64."""
         atoms = torch.arange(self.count, self.count + n)
         self.count += n
-        self.columns.append(Column(tensor, axis, rows, atoms))
+        self.columns.append(Column(tensor, axis, rows, view, atoms))
         return atoms
 
     def tie(self, a: Tensor, b: Tensor, marks: Tensor) -> None:

@@ -94,7 +94,10 @@ class _Writer:
 
     def _entries(self, column: Column, positions: Ints) -> list[Entry]:
         where = torch.from_numpy(np.ascontiguousarray(positions))
-        return [Entry(key, column.axis, where, column.rows) for key in self.keys[column.tensor]]
+        return [
+            Entry(key, column.axis, where, column.rows, column.view)
+            for key in self.keys[column.tensor]
+        ]
 
     def _block_entries(self, family: Ints) -> list[Entry]:
         block = np.full(len(self.units.is_fixed), -1)
@@ -122,7 +125,11 @@ class _Writer:
             movable[family] = True
         counts: dict[tuple[str, int, str], int] = defaultdict(int)
         for column in self.labeller.ledger.columns:
-            if column.axis > 1 and math.prod(self.shapes[column.tensor][:2]) > 1:
+            if (
+                column.axis > 1
+                and column.view is None
+                and math.prod(self.shapes[column.tensor][:2]) > 1
+            ):
                 continue  # the positions of a kernel, of which nobody expects that they move
             of = units.of(column.atoms)
             for unit in of[~movable[of]].tolist():
@@ -152,6 +159,7 @@ class _Writer:
 
 def _uncovered(shape: tuple[int, ...], entries: Sequence[Entry]) -> int:
     """Return how many elements lie on no axis position that an entry names."""
+    shape = next((entry.view for entry in entries if entry.view is not None), shape)
     free = [torch.ones(n, dtype=torch.bool) for n in shape]
     for entry in entries:
         if entry.rows is None:
