@@ -87,6 +87,7 @@ TIMM_HYBRIDS = list_of("""
     shvit_s1 swiftformer_xs mobilenetv5_300m_enc
 """)
 TIMM_SIDES = {
+    "bat_resnext26ts": 256,
     "inception_resnet_v2": 96, "inception_v3": 96, "inception_v4": 96,
     "nasnetalarge": 96, "pnasnet5large": 96, "legacy_xception": 96,
     "convmixer_768_32": 56, "convformer_s18": 64, "csatv2": 512, "mobilenetv5_300m_enc": 256,

@@ -110,9 +110,9 @@ def distinct(shape: Sequence[int], cause: str) -> Labels:
     return Labels(torch.Size(shape), (), grid(shape, range(len(shape))), cause)
 
 
-def alike(shape: Sequence[int], cause: str) -> Labels:
+def alike(shape: Sequence[int]) -> Labels:
     """Return labels of elements that belong to no unit and are all equal."""
-    return Labels(torch.Size(shape), (), (), cause)
+    return Labels(torch.Size(shape))
 
 
 def grid(shape: Sequence[int], axes: Iterable[int]) -> tuple[Tensor, ...]:

@@ -123,7 +123,7 @@ def _paired(
         joined = [f for one in touched for f in one[0]], [h for one in touched for h in one[1]]
         sets = [*others, (joined[0], [*joined[1], g])]
     for some_a, some_b in sets:
-        if not some_a or not some_b:
+        if not some_a or not some_b or _side_by_side(ledger, some_a, some_b):
             continue
         if len(some_a) == len(some_b) > 1 and all(map(_one_to_one, some_a, some_b)):
             pairs += zip(some_a, some_b, strict=True)
@@ -134,6 +134,18 @@ def _paired(
             b = demote(ledger, b, g, why)
         pairs.append((some_a[0], some_b[0]))
     return a, b, pairs
+
+
+def _side_by_side(ledger: Ledger, some_a: Sequence[Tensor], some_b: Sequence[Tensor]) -> bool:
+    """Whether two factors meet along one axis only to go along others each by itself.
+
+    So do the channels of queries and of keys in each head of an attention between channels.
+    """
+    if len(some_a) > 1 or len(some_b) > 1:
+        return False
+    (f,), (g,) = some_a, some_b
+    both = support(f) & support(g)
+    return both < support(f) and both < support(g) and combined(ledger, f, g)
 
 
 def _without(parts: Sequence[Tensor], one: Tensor) -> list[Tensor]:
@@ -233,10 +245,15 @@ def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
     of_f, i = torch.unique(f, return_inverse=True)
     of_g, j = torch.unique(g, return_inverse=True)
     i, j = torch.broadcast_tensors(i, j)  # type: ignore[no-untyped-call]
-    if of_f[0] == NONE or of_g[0] == NONE:
-        return False
     together = torch.zeros(len(of_f), len(of_g), dtype=torch.bool)
     together[i.flatten(), j.flatten()] = True
+    if together.all():
+        return True
+    # What belongs to no unit must stand with all.
+    rest_f, rest_g = of_f != NONE, of_g != NONE
+    if not (together[~rest_f].all() and together[:, ~rest_g].all()):
+        return False
+    of_f, of_g, together = of_f[rest_f], of_g[rest_g], together[rest_f][:, rest_g]
     if together.all():
         return True
     rows, block = torch.unique(together, dim=0, return_inverse=True)

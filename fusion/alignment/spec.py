@@ -75,7 +75,8 @@ class PermutationSpec:
         groups: Groups of units and groups of blocks.
         fixed: What was left in place, and why.
         shapes: Shape of every tensor of the state dict.
-        coverage: Share of the parameters that lie on a permutable axis, 0 to 1.
+        coverage: Share of the parameters that lie on a permutable axis, 0 to 1, of those that the
+            forward pass uses (`fixed` names the others).
         by_name: The groups by name.
         by_tensor: For each state-dict key, the groups that stand in it and where.
     """

@@ -151,7 +151,7 @@ class _Writer:
         for group in groups:
             for entry in group.entries:
                 held[entry.tensor].append(entry)
-        keys = [key for key in self.parameters if self.labeller.first_name[key] == key]
+        keys = [key for key in self.parameters if key in self.labeller.state]
         total = sum(math.prod(self.shapes[key]) for key in keys)
         left = sum(_uncovered(self.shapes[key], held[key]) for key in keys)
         return 1 - left / max(total, 1)

@@ -57,14 +57,14 @@ def gated(op: Operation) -> Labels:
 
 def constant(op: Operation) -> Labels:
     """Make elements that are all equal."""
-    return alike(op.shape, op.why)
+    return alike(op.shape)
 
 
 def replaced(op: Operation) -> Labels:
     """Overwrite a whole tensor by another, or by a number."""
     source = op["src"] if op.name == "copy" else op["value"]
     if not isinstance(source, Labels):
-        return alike(op.shape, op.why)
+        return alike(op.shape)
     return source.lifted(len(op.shape)).expanded(op.shape)
 
 
