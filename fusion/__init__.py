@@ -11,17 +11,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusion.errors import UserError
     from fusion.method.base import BaseAlgorithm
+    from fusion.method.presets import merge, methods
     from fusion.modelpool.base import BaseModelPool
+    from fusion.modelpool.checkpoint import load
     from fusion.taskpool.base import BaseTaskPool
 
 __version__ = "0.1.0"
-__all__ = ["BaseAlgorithm", "BaseModelPool", "BaseTaskPool", "UserError", "__version__"]
+__all__ = [
+    "BaseAlgorithm",
+    "BaseModelPool",
+    "BaseTaskPool",
+    "UserError",
+    "__version__",
+    "load",
+    "merge",
+    "methods",
+]
 
 _HOMES = {
     "BaseAlgorithm": "fusion.method.base",
     "BaseModelPool": "fusion.modelpool.base",
     "BaseTaskPool": "fusion.taskpool.base",
     "UserError": "fusion.errors",
+    "load": "fusion.modelpool.checkpoint",
+    "merge": "fusion.method.presets",
+    "methods": "fusion.method.presets",
 }
 
 

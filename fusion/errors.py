@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -19,7 +19,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shown(text: str, limit: int = 60) -> str:
+    """Return text that somebody else wrote as a message shows it: one line, bounded, printable."""
+    text = text if len(text) <= limit else f"{text[:limit]}…"
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def check_choice(option: str, value: object, known: Sequence[str]) -> None:
+    """Check that ``value`` is one of the words that ``option`` knows.
+
+    Raises:
+        UserError: it is not; names the nearest.
+    """
+    if value not in known:
+        raise UserError(
+            f"{option}={value}: there is no such choice{suggestion(str(value), known)} "
+            f"(there are {', '.join(known)})"
+        )

@@ -1,7 +1,8 @@
-"""One run, from the checks to the run folder."""
+"""One run: checks, algorithm, saved result, measurement, fine-tuning, report."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -15,13 +16,16 @@ import torch
 from torch import nn
 
 import fusion
+from fusion.checks import check_run, training_data
 from fusion.errors import UserError
+from fusion.evaluation import Evaluation, evaluate_run
 from fusion.figures.accuracy_table import accuracy_table
+from fusion.files import write_text
 from fusion.method import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
-from fusion.run_folder import RunFolder
+from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
-from fusion.taskpool import BaseTaskPool
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
 
 if TYPE_CHECKING:
@@ -45,8 +49,18 @@ class Outcome:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The objects of a run."""
+
+    algorithm: BaseAlgorithm
+    pool: BaseModelPool
+    tasks: BaseTaskPool | None
+    finetuning: FineTuning | None
+
+
 class FusionProgram:
-    """Take a pool, run an algorithm on it, measure what came out, keep everything.
+    """Take a pool, run an algorithm on it, save and measure what came out.
 
     ``method``, ``modelpool``, ``taskpool`` and ``fabric`` are objects, or mappings with
     ``_target_`` that build them; several processes need mappings.
@@ -62,7 +76,7 @@ class FusionProgram:
         dry_run: check everything, start nothing, leave nothing behind.
         report_save_path, merged_model_save_path: where the report and the model go instead.
         overwrite: whether a finished run in that folder may be replaced.
-        config: the configuration as text (YAML), kept in the run folder.
+        config: the configuration as text (YAML), written to the run folder.
         choices: what was chosen by name (method, modelpool, …), for the report.
     """
 
@@ -92,6 +106,7 @@ class FusionProgram:
         self._dry_run = dry_run
         self._config = config
         self._choices = dict(choices or {})
+        self._built: _Parts | None = None
         self.folder = RunFolder(
             output_path,
             report_path=report_save_path,
@@ -100,84 +115,92 @@ class FusionProgram:
         )
 
     def run(self) -> Outcome | None:
-        """Check, merge, measure, keep; return the outcome, or None after a dry run.
+        """Check, merge, save, measure; return the outcome, or None after a dry run.
 
         Raises:
             UserError: something is wrong with what the user gave, found before any work.
         """
-        algorithm, pool, tasks, finetuning = self._parts()
+        parts = self._parts()
         self.folder.check()
-        algorithm.check_pool(pool)
-        if tasks is not None:
-            tasks.check()
-        if finetuning is not None and not pool.train_dataset_names:
-            raise UserError(
-                "fine-tuning needs images, and the pool has no train_datasets; add them, or leave "
-                "finetune out"
-            )
-        fabric = self._made_fabric()
+        check_run(parts.algorithm, parts.pool, parts.tasks, parts.finetuning)
+        self._made_fabric(None)
         if self._dry_run:
             log.info(
                 "Dry run: %s on %s would write to %s; everything checked is in order",
-                type(algorithm).__name__,
-                ", ".join(pool.all_model_names),
+                type(parts.algorithm).__name__,
+                ", ".join(parts.pool.all_model_names),
                 self.folder.path,
             )
             return None
-        outcome: Outcome | None = fabric.launch(self._run_in_process)
+        outcome: Outcome | None = None
+        with self.folder.writing() as working:
+            fabric = self._made_fabric(working)
+            if fabric.strategy.launcher is None:
+                fabric.launch()
+                outcome = self._run_in_process(fabric, working)
+            else:
+                self._built = None  # each process builds its own from the mappings
+                fabric.launch(self._run_in_launched_process, working)  # type: ignore[arg-type]
+        self.folder.log_contents()
         return outcome or Outcome(None, self.folder.load_report())
 
-    def _run_in_process(self, fabric: Fabric) -> Outcome | None:
-        """Do the whole run in one of the processes that Fabric launched.
+    def _run_in_launched_process(self, fabric: Fabric, working: Path) -> None:
+        """Do the run in one of several processes; its outcome is what it writes.
 
-        Only a single process hands its outcome back: what several would send passes through a
-        pipe that nobody reads before they have ended, and blocks them when it is full.
+        What processes return passes through a pipe that nobody reads before they have ended, and
+        blocks them when it is full.
         """
+        self._run_in_process(fabric, working)
+
+    def _run_in_process(self, fabric: Fabric, working: Path) -> Outcome:
+        """Do the whole run: merge, save, fine-tune, measure, report."""
         if fabric.is_global_zero and not logging.getLogger().handlers:  # a spawned process
             logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
             logging.getLogger("fontTools").setLevel(logging.WARNING)
-        algorithm, pool, tasks, finetuning = self._parts()
+        parts = self._parts()
+        algorithm, pool, tasks = parts.algorithm, parts.pool, parts.tasks
         fabric.seed_everything(self._seed, workers=True, verbose=False)
         algorithm.fabric = fabric
-        if algorithm.output_path is None:
-            algorithm.output_path = self.folder.path
-        if fabric.is_global_zero:
-            self.folder.clear()
-            if self._config is not None:
-                self.folder.save_config(self._config)
-        start = time.perf_counter()
-        model = algorithm.run(pool)
-        seconds = {"run": time.perf_counter() - start}
-        evaluations: dict[str, Any] = {}
+        elsewhere = algorithm.output_path is not None
+        if not elsewhere:
+            algorithm.output_path = working
+        if fabric.is_global_zero and self._config is not None:
+            write_text(working / CONFIG, self._config)
+        seconds: dict[str, float] = {}
+        try:
+            start = time.perf_counter()
+            model = algorithm.run(pool)
+            seconds["run"] = time.perf_counter() - start
+        finally:
+            if not elsewhere:  # the object may serve another run
+                algorithm.output_path = None
+        self._save(model, MODEL, algorithm, pool, fabric, working)
+        finetuned: FineTuned | None = None
+        if parts.finetuning is not None:
+            start = time.perf_counter()
+            finetuned = parts.finetuning.run(
+                model,
+                training_data(model, algorithm, pool),
+                merged=algorithm.selected_layers,
+                head=pool.head.tensors,
+                fabric=fabric,
+            )
+            self._save(finetuned.model, FINETUNED, algorithm, pool, fabric, working)
+            seconds["finetune"] = time.perf_counter() - start
+        evaluation = Evaluation({}, {}, {})
         if tasks is not None:
             start = time.perf_counter()
             tasks.fabric = fabric
-            evaluations = self._evaluate(model, algorithm, pool, tasks)
+            tuned = None if finetuned is None else finetuned.model
+            evaluation = evaluate_run(model, algorithm, pool, tasks, finetuned=tuned)
             seconds["evaluate"] = time.perf_counter() - start
-        finetuned: FineTuned | None = None
-        if finetuning is not None:
-            start = time.perf_counter()
-            labels = algorithm.result_classes(pool)
-            images: Any = pool.calibration_dataset()
-            finetuned = finetuning.run(
-                model,
-                images,
-                merged=algorithm.selected_layers,
-                classes=labels,
-                fabric=fabric,
-            )
-            if tasks is not None:
-                evaluations["finetuned"] = tasks.evaluate(finetuned.model, classes=labels)
-            seconds["finetune"] = time.perf_counter() - start
         report = {
-            "fusion": fusion.__version__,
-            "choices": self._choices,
+            **self._provenance(algorithm, pool),
             "options": self._options(),
-            "method": type(algorithm).__name__,
-            "models": pool.all_model_names,
-            "seed": self._seed,
-            "evaluation": evaluations,
-            "references": list(algorithm.references),
+            "evaluation": evaluation.results,
+            "shares_of_experts": evaluation.shares,
+            "experts": evaluation.experts,
+            "controls": list(algorithm.controls),
             "finetune": None if finetuned is None else finetuned.report(),
             "algorithm": algorithm.report,
             "timings": {what: asdict(timing) for what, timing in algorithm.timings.items()},
@@ -185,52 +208,54 @@ class FusionProgram:
             "environment": _environment(fabric),
         }
         if fabric.is_global_zero:
-            provenance = {
-                key: report[key] for key in ("fusion", "choices", "method", "models", "seed")
-            }
-            self.folder.save_model(model, pool, provenance)
-            if finetuned is not None:
-                self.folder.save_finetuned(finetuned.model, pool, provenance)
-            self.folder.save_report(report)
-            _log_metrics(fabric, evaluations)
-            if evaluations:
-                log.info("Accuracy (%%)\n%s", accuracy_table(evaluations))
-            self.folder.tell()
+            _log_metrics(fabric, evaluation.results)
+            if evaluation.results:
+                log.info("Accuracy (%%)\n%s", accuracy_table(evaluation.results, evaluation.means))
+            save_report(working, report)
         fabric.barrier()
-        return Outcome(model, report) if fabric.world_size == 1 else None
+        return Outcome(model, report)
 
-    def _evaluate(
+    def _save(
         self,
         model: nn.Module,
+        name: str,
         algorithm: BaseAlgorithm,
         pool: BaseModelPool,
-        tasks: BaseTaskPool,
-    ) -> dict[str, Any]:
-        """Measure the members (when asked), the algorithm's references, and the result."""
-        evaluations: dict[str, Any] = {}
-        if tasks.evaluate_members:
-            for name in pool.all_model_names:
-                log.info("Evaluating %s", name)
-                evaluations[name] = tasks.evaluate(
-                    pool.load_model(name), classes=pool.classes(name)
-                )
-        labels = algorithm.result_classes(pool)
-        for name, reference in algorithm.references.items():
-            log.info("Evaluating %s", name)
-            evaluations[name] = tasks.evaluate(reference(), classes=labels)
-        log.info("Evaluating the result")
-        evaluations["merged"] = tasks.evaluate(model, classes=labels)
-        return evaluations
+        fabric: Fabric,
+        working: Path,
+    ) -> None:
+        provenance = json.dumps(self._provenance(algorithm, pool), default=str, sort_keys=True)
+        if fabric.is_global_zero:
+            pool.save_model(
+                model,
+                working / name,
+                labels=algorithm.result_labels(pool),
+                metadata={"provenance": provenance},
+            )
 
-    def _parts(
-        self,
-    ) -> tuple[BaseAlgorithm, BaseModelPool, BaseTaskPool | None, FineTuning | None]:
-        return (
-            _made(self._method, BaseAlgorithm, "method"),
-            _made(self._modelpool, BaseModelPool, "modelpool"),
-            None if self._taskpool is None else _made(self._taskpool, BaseTaskPool, "taskpool"),
-            None if self._finetune is None else _made(self._finetune, FineTuning, "finetune"),
-        )
+    def _provenance(self, algorithm: BaseAlgorithm, pool: BaseModelPool) -> dict[str, Any]:
+        return {
+            "fusion": fusion.__version__,
+            "choices": self._choices,
+            "method": type(algorithm).__name__,
+            "models": pool.all_model_names,
+            "seed": self._seed,
+        }
+
+    def _parts(self) -> _Parts:
+        """Return the run's objects, built once in each process."""
+        if self._built is None:
+            tasks, tuning = self._taskpool, self._finetune
+            parts = _Parts(
+                _made(self._method, BaseAlgorithm, "method"),
+                _made(self._modelpool, BaseModelPool, "modelpool"),
+                None if tasks is None else _made(tasks, BaseTaskPool, "taskpool"),
+                None if tuning is None else _made(tuning, FineTuning, "finetune"),
+            )
+            if isinstance(parts.tasks, ClassificationTaskPool):
+                parts.tasks.preprocessing = parts.pool.preprocessing
+            self._built = parts
+        return self._built
 
     def _options(self) -> dict[str, Any]:
         """Return the options of what was given as a mapping, the choices of a run as data."""
@@ -241,8 +266,13 @@ class FusionProgram:
             if isinstance(spec, Mapping)
         }
 
-    def _made_fabric(self) -> Fabric:
-        """Build the Fabric; several processes are spawned, not the command run again."""
+    def _made_fabric(self, working: Path | None) -> Fabric:
+        """Build the Fabric; several processes are spawned, not the command run again.
+
+        Args:
+            working: where the run folder is put together, and loggers write that write to it;
+                ``None`` leaves the loggers out, to see whether the Fabric can be made at all.
+        """
         from lightning.fabric import Fabric
 
         if self._fabric is None:
@@ -250,10 +280,19 @@ class FusionProgram:
         if isinstance(self._fabric, Fabric):
             return self._fabric
         options = {k: v for k, v in self._fabric.items() if k != "_target_"}
-        options["loggers"] = build_nested(options.get("loggers")) or None
-        if options.get("devices", 1) != 1 and options.get("strategy", "auto") == "auto":
+        loggers = _moved(options.pop("loggers", None), str(self.folder.path), str(working))
+        if working is not None:
+            options["loggers"] = build_nested(loggers) or None
+        if str(options.get("devices", 1)) != "1" and options.get("strategy", "auto") == "auto":
             options["strategy"] = "ddp_spawn"
         return _fabric(str(self._fabric.get("_target_", "lightning.fabric.Fabric")), options)
+
+
+def _moved(value: Any, source: str, target: str) -> Any:
+    """Return nested options with every text ``source`` replaced by ``target``."""
+    if isinstance(value, Mapping):
+        return {key: _moved(item, source, target) for key, item in value.items()}
+    return target if value == source else value
 
 
 def _fabric(target: str, options: Mapping[str, Any]) -> Fabric:

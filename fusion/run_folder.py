@@ -1,20 +1,24 @@
-"""Everything a run leaves behind: whole files in one folder, written by rank zero only."""
+"""Everything a run leaves: whole files in one folder, all of them or none."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fusion.errors import UserError
-from fusion.files import require_writable_folder, write_text
-
-if TYPE_CHECKING:  # whoever only looks at a run's files pays for no torch
-    from torch import nn
-
-    from fusion.modelpool import BaseModelPool
+from fusion.files import atomic_path, require_writable_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +26,27 @@ REPORT = "report.json"
 MODEL = "merged.safetensors"
 FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
+LOG = "fusion_bench.log"
 COMMAND = "command.txt"  # of a sweep, in the folder of all its jobs
 ERROR = "error.json"  # what a job of a sweep leaves that failed
+UNFINISHED = "unfinished"  # folder for what a run made that failed after its merge
+FILES = "files"  # entry of the report: name of a file -> its size and SHA-256
+
+WORKING = ".running-"  # folder in which a run is written; its files move when all are there
+READY = ".ready-"  # the same once the run is whole
+_REPLACES = ".replaces.json"  # in it: the files of an earlier run that go
+_LOCK = ".lock"
+_HOLDER = ".lock.json"  # who holds the lock
+# What may lie in a folder beside a run's own files: of a failed job, of a sweep, of Hydra.
+_ALLOWED = (ERROR, COMMAND, UNFINISHED, "multirun.yaml", LOG)
 
 
 class RunFolder:
     """The folder of one run.
+
+    A run is written into a hidden folder inside and moved when it is whole, its report last: an
+    earlier run in the folder stays whole until then, and a run that is killed leaves nothing that
+    could be taken for a result. A lock keeps two runs apart.
 
     Args:
         path: the folder; made when it is first written to.
@@ -53,73 +72,263 @@ class RunFolder:
         """Check, before any work, that everything can be written and nothing is lost.
 
         Raises:
-            UserError: a folder cannot be written to, a finished run lies there, or the model's
-                name is not a safetensors file's.
+            UserError: a folder cannot be written to, something is there already, another run
+                writes to it, or two of the paths are the same.
         """
-        for option, path in (
-            ("output_path", self.path / REPORT),
-            ("report_save_path", self.report_path),
-            ("merged_model_save_path", self.model_path),
-        ):
-            require_writable_folder(path.parent, option)
-            if path.is_dir():
-                raise UserError(f"{option}: '{path}' is a folder; give the name of a file")
-        if self.model_path.suffix != ".safetensors":
-            raise UserError(f"merged_model_save_path: '{self.model_path}' must end in .safetensors")
-        # The report comes last: a model without one is what a run left that was killed.
-        killed = (self.path / CONFIG).is_file() and not self.report_path.exists()
-        leftover = self.path / MODEL if killed else None
-        for path in {self.report_path, self.model_path} - {leftover}:
-            if path.exists() and not self._overwrite:
+        self._check_paths()
+        recover(self.path)
+        if self._overwrite:
+            return
+        present = _visible(self.path)
+        if REPORT in present:
+            raise UserError(
+                f"'{self.path}' holds a finished run; choose another output_path, or replace it "
+                f"with overwrite=true"
+            )
+        odd = [name for name in present if name not in _ALLOWED]
+        if odd:
+            raise UserError(
+                f"output_path: '{self.path}' is not empty (it has {', '.join(odd[:3])}"
+                f"{' …' if len(odd) > 3 else ''}); choose a new folder, or write into this one "
+                f"with overwrite=true"
+            )
+        for option, path in self._elsewhere().items():
+            if path.exists():
                 raise UserError(
-                    f"'{path}' is there already, from an earlier run; choose another output_path, "
-                    f"or replace it with overwrite=true"
+                    f"{option}: '{path}' is there already; choose another name, or replace it "
+                    f"with overwrite=true"
                 )
 
-    def clear(self) -> None:
-        """Make the folder; remove an earlier run's report and models: old and new never mix."""
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Hold the folder's lock, and yield the folder into which the run is written.
+
+        When the block ends well, its files move to where they belong. When it fails after the
+        model was written, they are kept in the folder ``unfinished``; else nothing is left.
+
+        Raises:
+            UserError: another run holds the lock.
+        """
+        new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.report_path.unlink(missing_ok=True)
-        self.model_path.unlink(missing_ok=True)
-        (self.path / FINETUNED).unlink(missing_ok=True)
-
-    def save_config(self, text: str) -> None:
-        """Write the resolved configuration, YAML as given."""
-        write_text(self.path / CONFIG, text)
-
-    def save_model(
-        self, model: nn.Module, modelpool: BaseModelPool, provenance: Mapping[str, Any]
-    ) -> None:
-        """Write the model with where it came from in the file's metadata."""
-        modelpool.save_model(model, self.model_path, metadata=_metadata(provenance))
-
-    def save_finetuned(
-        self, model: nn.Module, modelpool: BaseModelPool, provenance: Mapping[str, Any]
-    ) -> None:
-        """Write the model after fine-tuning, beside the one before it."""
-        modelpool.save_model(model, self.path / FINETUNED, metadata=_metadata(provenance))
-
-    def save_report(self, report: Mapping[str, Any]) -> None:
-        """Write the report as JSON. It is the last file of a run: where it is, the run is whole."""
-        text = json.dumps(report, indent=2, ensure_ascii=False, default=_jsonable)
-        write_text(self.report_path, text + "\n")
+        try:
+            with _locked(self.path):
+                _sweep(self.path)
+                working = Path(tempfile.mkdtemp(dir=self.path, prefix=WORKING))
+                try:
+                    with _log_file(working / LOG):
+                        yield working
+                except BaseException:
+                    self._keep_unfinished(working)
+                    raise
+                self._publish(working)
+        finally:
+            if new:
+                with contextlib.suppress(OSError):  # it holds something
+                    self.path.rmdir()
 
     def load_report(self) -> dict[str, Any]:
         """Return the report as it was written."""
         report: dict[str, Any] = json.loads(self.report_path.read_text(encoding="utf-8"))
         return report
 
-    def tell(self) -> None:
+    def log_contents(self) -> None:
         """Log where the run's files are."""
-        inside = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-        log.info("Saved in %s: %s", self.path, ", ".join(inside))
-        for path in (self.report_path, self.model_path):
-            if path.parent != self.path and path.exists():
-                log.info("Saved %s", path)
+        log.info("Saved in %s: %s", self.path, ", ".join(_visible(self.path)))
+        for path in self._elsewhere().values():
+            log.info("Saved %s", path)
+
+    def _elsewhere(self) -> dict[str, Path]:
+        """Return option → path of what does not lie in the folder under its own name."""
+        return {
+            option: path
+            for option, path, name in (
+                ("report_save_path", self.report_path, REPORT),
+                ("merged_model_save_path", self.model_path, MODEL),
+            )
+            if path != self.path / name
+        }
+
+    def _check_paths(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_path: '{self.path}' is a file; give the name of a folder")
+        for option, path in {"output_path": self.path / REPORT, **self._elsewhere()}.items():
+            require_writable_folder(path.parent, option)
+            if path.is_dir():
+                raise UserError(f"{option}: '{path}' is a folder; give the name of a file")
+        if self.model_path.suffix != ".safetensors":
+            raise UserError(f"merged_model_save_path: '{self.model_path}' must end in .safetensors")
+        if self.report_path.suffix != ".json":
+            raise UserError(f"report_save_path: '{self.report_path}' must end in .json")
+        reserved = {(self.path / name).resolve() for name in (REPORT, MODEL, FINETUNED, CONFIG)}
+        for option, path in self._elsewhere().items():
+            if path.resolve() in reserved:
+                raise UserError(
+                    f"{option}: '{path}' is the name of another file of this run; choose another"
+                )
+            reserved.add(path.resolve())
+            theirs = path.parent / REPORT
+            if path.parent.resolve() != self.path.resolve() and theirs.is_file():
+                raise UserError(
+                    f"{option}: '{path.parent}' holds another run; choose a folder without one"
+                )
+
+    def _publish(self, working: Path) -> None:
+        """Move a whole run to where it belongs: files named elsewhere, then all others."""
+        for option, path in self._elsewhere().items():
+            written = working / (REPORT if option == "report_save_path" else MODEL)
+            if written.is_file():
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(written, temporary)
+                written.unlink()
+        new = {p.relative_to(working).as_posix() for p in working.rglob("*") if p.is_file()}
+        write_text(working / _REPLACES, json.dumps(sorted(_files_of_run(self.path) - new)))
+        ready = working.with_name(working.name.replace(WORKING, READY, 1))
+        working.rename(ready)
+        _move_in(ready, self.path)
+
+    def _keep_unfinished(self, working: Path) -> None:
+        if not (working / MODEL).is_file():
+            shutil.rmtree(working, ignore_errors=True)
+            return
+        kept = self.path / UNFINISHED
+        shutil.rmtree(kept, ignore_errors=True)
+        working.rename(kept)
+        log.error("The run failed after its merge; what it made is kept in %s", kept)
 
 
-def _metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
-    return {"provenance": json.dumps(provenance, default=str, sort_keys=True)}
+def save_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write a run's report as JSON, with size and SHA-256 of every other file in ``folder``."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (REPORT, LOG)  # the log still grows
+    }
+    text = json.dumps({**report, FILES: files}, indent=2, ensure_ascii=False, default=_jsonable)
+    write_text(folder / REPORT, text + "\n")
+
+
+def finished_report(folder: Path) -> dict[str, Any] | None:
+    """Return the report of a run whose files are all there and whole; ``None`` otherwise."""
+    recover(folder)
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        files = report[FILES]
+        whole = all(
+            (folder / name).stat().st_size == entry["bytes"]
+            and _sha256(folder / name) == entry["sha256"]
+            for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # no report, or a damaged one
+    return report if whole and isinstance(report, dict) else None
+
+
+def recover(folder: Path) -> None:
+    """Finish moving in a run that was whole when its process died."""
+    if folder.is_dir() and (ready := list(folder.glob(f"{READY}*"))):
+        with _locked(folder):
+            for run in ready:
+                if run.is_dir():
+                    _move_in(run, folder)
+
+
+def _move_in(ready: Path, folder: Path) -> None:
+    """Replace the run in ``folder`` by the whole one in ``ready``, its report last.
+
+    A process that dies on the way leaves ``ready`` and no report; the next one goes on.
+    """
+    report = ready / REPORT
+    new = {p.relative_to(ready).as_posix() for p in ready.rglob("*") if p.is_file()}
+    (folder / REPORT).unlink(missing_ok=True)
+    for name in json.loads((ready / _REPLACES).read_text(encoding="utf-8")):
+        (folder / name).unlink(missing_ok=True)
+    for name in sorted(new - {REPORT, _REPLACES}):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (ready / name).replace(target)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    if report.is_file():
+        report.replace(folder / REPORT)
+    shutil.rmtree(ready)
+
+
+def _files_of_run(folder: Path) -> set[str]:
+    """Return the files that the report in ``folder`` counts as its run's."""
+    try:
+        return set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()  # no run, or one of another kind: nothing of it is removed
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what earlier runs left that were killed; the caller holds the lock."""
+    for leftover in folder.glob(f"{WORKING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+        if not (folder / _LOCK).exists():  # its holder removed the file while we opened it
+            raise Timeout(lock.lock_file)
+    except Timeout as error:
+        lock.release()
+        raise UserError(
+            f"output_path: another run is writing to '{folder}'{_holder(folder)}; wait for it, or "
+            f"choose another folder"
+        ) from error
+    try:
+        mine = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        write_text(folder / _HOLDER, json.dumps(mine))
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        found = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
+        return f" (process {found['process']} on {found['host']} since {found['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # it has only just begun, or ended
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Also write the log to a file, in UTF-8 whatever the locale."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _visible(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _jsonable(value: object) -> object:

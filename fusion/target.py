@@ -91,6 +91,8 @@ def locate(path: str) -> Callable[..., Any]:
             f"_target_ '{path}': there is no module '{parts[0]}'; give the import path of a class, "
             f"'package.module.Class', whose package is installed or lies in the current folder"
         )
+    if 1 < depth == len(parts):  # a package may give a module's name to a function in it
+        found = getattr(importlib.import_module(path.rpartition(".")[0]), parts[-1], found)
     for at in range(depth, len(parts)):
         if not hasattr(found, parts[at]):
             owner = ".".join(parts[:at])

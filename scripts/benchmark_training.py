@@ -81,7 +81,10 @@ def main() -> None:
 
 def _first(folder: Path, images: int) -> ImageTensors:
     """Read no more of each class than ``images`` in all could need."""
-    return image_folder(folder, per_class=-(-images // sum(p.is_dir() for p in folder.iterdir())))
+    each = -(-images // sum(p.is_dir() for p in folder.iterdir()))
+    dataset = image_folder(folder, per_class=each, in_memory=True)
+    assert isinstance(dataset, ImageTensors)
+    return dataset
 
 
 def run(

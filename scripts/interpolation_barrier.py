@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fusion.cli.job import register_resolvers
-from fusion.cli.main import config_dir
+from fusion.config_folder import config_folder
 from fusion.figures.barrier import barrier_figure
 from fusion.figures.style import save_figure
 from fusion.files import write_text
@@ -29,7 +29,7 @@ from fusion.target import build
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pool", default="digits_pair", help="a pool of two networks")
-    parser.add_argument("--config-dir", type=Path, default=config_dir(), help="where it lies")
+    parser.add_argument("--config-dir", type=Path, default=config_folder(), help="where it lies")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/barrier"))
     parser.add_argument("overrides", nargs="*", help="further options, as for fusion_bench")

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from fusion.method.layer_scores import RANKINGS
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fusion.cli.job import register_resolvers
-from fusion.cli.main import config_dir
+from fusion.config_folder import config_folder
 from fusion.method import SNRSelectiveMerge
-from fusion.method.layer_scores import RANKINGS
 from fusion.modelpool import BaseModelPool
 from fusion.target import build
 from fusion.training import recalibrate_batch_norm
@@ -71,14 +71,14 @@ def measure(pool_name: str, seed: int, overrides: list[str]) -> list[dict[str, A
 
     base = pool.load_pretrained_model()
     add(BASE, tasks.evaluate(base))
-    recalibrate_batch_norm(base, pool.calibration_dataset(), seed=seed)
+    recalibrate_batch_norm(base, pool.images(), seed=seed)
     add(RECALIBRATED, tasks.evaluate(base))
     for name in pool:
         model = pool.load_model(name)
-        add(f"{name} on its classes", tasks.evaluate(model, classes=pool.classes(name)))
+        add(f"{name} on its classes", tasks.evaluate(model, labels=pool.labels(name)))
     joint = pool.load_model("_joint_")
     add(JOINT, tasks.evaluate(joint))
-    recalibrate_batch_norm(joint, pool.calibration_dataset(), seed=seed)
+    recalibrate_batch_norm(joint, pool.images(), seed=seed)
     add(f"{JOINT}, batch norm recalibrated", tasks.evaluate(joint))
     for name, options in variants():
         merge = SNRSelectiveMerge(**options, plot=False, seed=seed)
@@ -110,7 +110,7 @@ def label(how: str, rank: str, share: float, treatment: str) -> str:
 def parts(name: str, seed: int, overrides: list[str]) -> tuple[BaseModelPool, Any]:
     """Build the pool with a control beside the experts, and the task pool, from the YAML."""
     register_resolvers()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
         chosen = [f"modelpool={name}", f"taskpool={name}", f"seed={seed}", *overrides]
         config = compose("fusion_bench", overrides=chosen)
     values: dict[str, Any] = {

@@ -14,13 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from fusion.cli.job import register_resolvers
-from fusion.cli.main import config_dir
-from fusion.target import check_options, is_target, locate
+from fusion.config_folder import config_folder
+from fusion.target import build, check_options, is_target, locate
 
 CHOICES = sorted(
-    f"{file.parent.relative_to(config_dir())}={file.stem}"
-    for file in config_dir().rglob("*.yaml")
-    if file.parent != config_dir()
+    f"{file.parent.relative_to(config_folder())}={file.stem}"
+    for file in config_folder().rglob("*.yaml")
+    if file.parent != config_folder()
 )
 MIRRORED = [choice for choice in CHOICES if choice.startswith(("method=", "finetune="))]
 WORDS = ("_target_", "_recursive_", "_args_", "_partial_")
@@ -34,7 +34,7 @@ def composed() -> Iterator[Any]:
 
     def make(*overrides: str) -> dict[str, Any]:
         given = [] if any(o.startswith("modelpool=") for o in overrides) else ["modelpool=digits"]
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose(
                 "fusion_bench", overrides=[*given, *overrides], return_hydra_config=True
             )
@@ -75,36 +75,50 @@ def test_every_option_binds_to_its_targets_signature(composed, choice) -> None:
 
 def raw(choice: str) -> dict[str, Any]:
     group, _, name = choice.partition("=")
-    values = OmegaConf.to_container(OmegaConf.load(Path(config_dir()) / group / f"{name}.yaml"))
+    values = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / group / f"{name}.yaml"))
     assert isinstance(values, dict)
     return values
 
 
 @pytest.mark.parametrize("choice", MIRRORED)
 def test_the_yaml_mirrors_the_signature_line_by_line(choice) -> None:
-    values = raw(choice)
-    if values.get("_target_", "???") == "???":
-        return
-    parameters = inspect.signature(locate(values["_target_"])).parameters
-    written = {key: value for key, value in values.items() if key not in WORDS}
-    assert [name for name in parameters if name in written] == list(written)
-    if choice.startswith("method="):
-        assert list(parameters) == list(written)
-    for name, value in written.items():
-        default = parameters[name].default
-        if not isinstance(value, str | dict | list) or "${" not in str(value):
-            shipped = tuple(value) if isinstance(default, tuple) else value
+    for values in targets(raw(choice)):
+        if values["_target_"] == "???":
+            continue
+        parameters = inspect.signature(locate(values["_target_"])).parameters
+        written = {key: value for key, value in values.items() if key not in WORDS}
+        assert [name for name in parameters if name in written] == list(written)
+        if choice.startswith("method="):
+            assert list(parameters) == list(written)
+        for name, value in written.items():
+            default = parameters[name].default
+            if "${" in str(value) or default is inspect.Parameter.empty:
+                continue
+            if is_target(value):  # a rule inside a rule, which the class makes for itself
+                default = getattr(locate(values["_target_"])(), name)
+            shipped = build(value) if is_target(value) else value
+            shipped = tuple(shipped) if isinstance(default, tuple) else shipped
             assert choice.startswith("finetune=") or shipped == default, name
 
 
 @pytest.mark.parametrize("choice", [c for c in MIRRORED if c.startswith("method=")])
 def test_every_option_is_explained_beside_it(choice) -> None:
     group, _, name = choice.partition("=")
-    text = (Path(config_dir()) / group / f"{name}.yaml").read_text(encoding="utf-8")
-    for key in raw(choice):
-        if key not in WORDS and key != "defaults":
-            (line,) = [line for line in text.splitlines() if line.startswith(f"{key}:")]
-            assert " # " in line, line
+    text = (Path(config_folder()) / group / f"{name}.yaml").read_text(encoding="utf-8")
+    for key in options_in(raw(choice)):
+        lines = [line.strip() for line in text.splitlines()]
+        found = [line for line in lines if line.startswith(f"{key}:")]
+        assert found
+        assert all(" # " in line for line in found), found
+
+
+def options_in(node: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the options, and of those of a rule inside."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            yield from options_in(value)
+        elif key not in WORDS and key != "defaults":
+            yield key
 
 
 def test_the_defaults_are_to_evaluate_the_base(composed) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from fusion.data import ClassSubset, as_rgb, grouped
 from fusion.errors import UserError
 from fusion.method import BaseAlgorithm, DummyAlgorithm, SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool, Checkpoint
 from fusion.models import find_layers
 from fusion.program import FusionProgram
-from fusion.taskpool import ClassificationTaskPool
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuning
 from fusion.weights import load_safetensors
 
@@ -24,12 +25,15 @@ class Untouchable(BaseAlgorithm):
         raise AssertionError("the work began")
 
 
+CLASSES = {"_pretrained_": list("0123456789"), "a": list("0123"), "b": list("456789")}
+
+
 @pytest.fixture
 def program(pool, tmp_path, test_digits):
     def make(**options: object) -> FusionProgram:
         parts = {
-            "method": SNRSelectiveMerge(top_p=0.3, plot=False),
-            "modelpool": BaseModelPool(pool),
+            "method": SNRSelectiveMerge(top_p=0.3, head="pretrained", plot=False),
+            "modelpool": BaseModelPool(pool, classes=CLASSES),
             "taskpool": ClassificationTaskPool({"digits": test_digits}, fast_dev_run=True),
             "output_path": tmp_path / "run",
         }
@@ -69,15 +73,77 @@ def test_the_global_generator_is_seeded_for_the_run(program) -> None:
 
 def test_members_are_measured_when_asked(program, pool, test_digits) -> None:
     tasks = ClassificationTaskPool(
-        {"digits": test_digits}, evaluate_members=True, fast_dev_run=True
+        {"digits": test_digits, "a": ClassSubset(test_digits, [0, 1, 2, 3])},
+        evaluate_members=True,
+        fast_dev_run=True,
     )
-    with pytest.raises(UserError, match="answers none of the tasks digits"):
-        program(taskpool=tasks).run()  # the experts know no ten classes
-    only = BaseModelPool({"_pretrained_": pool["_pretrained_"]})
-    outcome = program(method=DummyAlgorithm(), modelpool=only, taskpool=tasks).run()
+    outcome = program(taskpool=tasks).run()
     evaluation = outcome.report["evaluation"]
-    assert list(evaluation) == ["_pretrained_", "merged"]
-    assert evaluation["_pretrained_"] == evaluation["merged"]
+    control = "_pretrained_, batch norm merged"
+    assert list(evaluation) == ["_pretrained_", "a", "ensemble", control, "merged"]
+    assert list(evaluation["ensemble"]) == [
+        "digits"
+    ]  # of the other task only one knows the classes
+    assert list(evaluation["a"]) == ["a"]  # ten classes are a dash; b answers nothing: no row
+    assert evaluation[control] != evaluation["merged"]
+    own = outcome.report["shares_of_experts"]
+    share = evaluation["merged"]["a"]["accuracy"] / evaluation["a"]["a"]["accuracy"]
+    assert own["merged"] == {"a": pytest.approx(share)}
+    assert outcome.report["experts"] == {"a": "a"}
+
+
+def test_an_evaluation_that_fails_loses_no_merge(program, tmp_path) -> None:
+    class Failing(BaseTaskPool):
+        def evaluate(self, model: nn.Module) -> dict[str, object]:
+            raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        program(taskpool=Failing()).run()
+    kept = tmp_path / "run" / "unfinished" / "merged.safetensors"
+    assert load_safetensors(kept)
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_task_pool_in_the_manner_of_fusionbench_takes_a_model_alone(program) -> None:
+    class Counting(BaseTaskPool):
+        def evaluate(self, model: nn.Module) -> dict[str, object]:
+            return {"size": {"accuracy": 0.5}}
+
+    assert program(taskpool=Counting()).run().report["evaluation"]["merged"]["size"]
+
+    class Wrong(BaseTaskPool):
+        def evaluate(self, model: nn.Module, extra: int) -> dict[str, object]:
+            return {}
+
+    with pytest.raises(UserError, match=r"evaluate\(.*extra.*cannot be called with a model alone"):
+        program(method=Untouchable(), taskpool=Wrong(), overwrite=True).run()
+
+
+def test_a_run_leaves_the_algorithm_free_for_another(program, tmp_path) -> None:
+    algorithm = SNRSelectiveMerge(top_p=0.3, head="pretrained", plot=False)
+    for name in ("one", "two"):
+        program(method=algorithm, output_path=tmp_path / name).run()
+        assert (tmp_path / name / "layers.csv").is_file()
+    assert algorithm.output_path is None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("rgb", r"the images of task 'digits' do not fit '_pretrained_': an image of 3×8×8"),
+        ("unknown", "task 'digits' asks for the classes even, odd, and no member of the pool"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_found_before_the_work(
+    program, test_digits, tmp_path, data, said
+) -> None:
+    made = {
+        "rgb": as_rgb(test_digits),
+        "unknown": grouped(test_digits, {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}),
+    }[data]
+    with pytest.raises(UserError, match=said):
+        program(method=Untouchable(), taskpool=ClassificationTaskPool({"digits": made})).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -117,10 +183,10 @@ def test_the_result_is_fine_tuned_in_the_layers_that_were_merged(
 ) -> None:
     data = {"_pretrained_": train_digits}
     options = {
-        "modelpool": BaseModelPool(pool, train_datasets=data),
+        "modelpool": BaseModelPool(pool, train_datasets=data, classes=CLASSES),
         "finetune": FineTuning(strategy="selective", epochs=1, images=256, lr=0.01),
     }
-    merge = SNRSelectiveMerge(top_p=0.3, plot=False)
+    merge = SNRSelectiveMerge(top_p=0.3, head="pretrained", plot=False)
     outcome = program(method=merge, **options).run()
     report = outcome.report["finetune"]
     layers = {layer.name: layer for layer in find_layers(outcome.model)}
@@ -136,5 +202,5 @@ def test_the_result_is_fine_tuned_in_the_layers_that_were_merged(
 
 
 def test_fine_tuning_needs_images(program) -> None:
-    with pytest.raises(UserError, match="the pool has no train_datasets"):
+    with pytest.raises(UserError, match="fine-tuning needs training images of every expert"):
         program(method=Untouchable(), finetune=FineTuning()).run()

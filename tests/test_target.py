@@ -58,6 +58,12 @@ def test_nested_classes_and_modules_are_found() -> None:
     assert locate("collections.OrderedDict.fromkeys") == collections.OrderedDict.fromkeys
 
 
+def test_a_function_hides_the_module_that_it_is_named_like() -> None:
+    import torchvision
+
+    assert locate("torchvision.models.alexnet") is torchvision.models.alexnet
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [

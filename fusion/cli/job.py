@@ -58,8 +58,6 @@ def remove_empty(folder: Path, *, below: Path) -> None:
 def _run(config: DictConfig, folder: Path) -> None:
     _check_types(config)
     _check_save_paths(config)
-    if config.dry_run:
-        _keep_no_log()
     values = _plain(config)
     values["output_path"] = str(folder)
     text = OmegaConf.to_yaml(OmegaConf.create(values))
@@ -71,6 +69,7 @@ def _run(config: DictConfig, folder: Path) -> None:
     elif sweep.already_finished(folder, text, overwrite=values["overwrite"]):
         log.info("Finished in an earlier sweep: %s", folder)
     else:
+        values["overwrite"] = values["overwrite"] or sweep.is_of(folder, text)
         with sweep.failing_alone(folder, job=HydraConfig.get().job.num):
             _run_program(values, folder, text)
 
@@ -168,15 +167,6 @@ def _choices() -> Mapping[str, Any]:
     if hydra.mode is RunMode.MULTIRUN:
         chosen["job"] = hydra.job.num
     return chosen
-
-
-def _keep_no_log() -> None:
-    """Take away the log file, which appears with the first message: a dry run leaves nothing."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        if isinstance(handler, logging.FileHandler):
-            root.removeHandler(handler)
-            handler.close()
 
 
 def _check_types(config: DictConfig) -> None:

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusion.errors import UserError
+from fusion.config_folder import config_folder
+from fusion.errors import UserError, suggestion
 
 PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
+EXPORT = "export="
+_EXPORT_OPTIONS = ("export", "to", "task", "shape", "overwrite")
 _INTERRUPTED = 130
 
 
@@ -20,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         from fusion.cli.help import help_text
 
-        sys.stdout.write(help_text(config_dir(), arguments))
+        sys.stdout.write(help_text(config_folder(), arguments))
         return
     if "--version" in arguments:
         from fusion import __version__
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if any(argument.startswith(SUMMARIZE) for argument in arguments):
             _summarize(arguments)
+        elif any(argument.startswith(EXPORT) for argument in arguments):
+            _export(arguments)
         else:
             _hydra(arguments)
     except UserError as error:
@@ -43,13 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_INTERRUPTED)
 
 
-def config_dir() -> Path:
-    """Return the folder of the shipped YAML: the wheel's own, or the checkout's."""
-    package = Path(__file__).resolve().parent.parent
-    shipped = package / "config"
-    return shipped if shipped.is_dir() else package.parent / "config"
-
-
 def _summarize(arguments: list[str]) -> None:
     """Make table, figures and page of the runs in a folder anew; no configuration takes part."""
     if len(arguments) > 1:
@@ -58,6 +56,34 @@ def _summarize(arguments: list[str]) -> None:
     from fusion.study import summarise
 
     sys.stdout.write(summarise(arguments[0].removeprefix(SUMMARIZE)).text)
+
+
+def _export(arguments: list[str]) -> None:
+    """Write a merged network, or one task of it, as a plain network."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    for name in given:
+        if name not in _EXPORT_OPTIONS:
+            raise UserError(
+                f"export has no option '{name}'{suggestion(name, _EXPORT_OPTIONS)} (options: "
+                f"{', '.join(_EXPORT_OPTIONS)})"
+            )
+    if not given["export"] or not given.get("to"):
+        raise UserError("export needs two files: export=merged.safetensors to=plain.safetensors")
+    sizes = given.get("shape", "").strip("[]").replace(",", " ").split()
+    if not all(size.isdecimal() for size in sizes):
+        raise UserError(f"shape={given['shape']}: give three sizes, such as shape=[3,224,224]")
+    if given.get("overwrite", "false") not in ("true", "false"):
+        raise UserError(f"overwrite={given['overwrite']}: give true or false")
+    from fusion.export import export
+
+    written = export(
+        given["export"],
+        given["to"],
+        task=given.get("task"),
+        shape=[int(size) for size in sizes] or None,
+        overwrite=given.get("overwrite") == "true",
+    )
+    sys.stdout.write(f"Wrote {written}\n")
 
 
 def _hydra(arguments: list[str]) -> None:
@@ -71,13 +97,14 @@ def _hydra(arguments: list[str]) -> None:
     # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *mistakes.without_null(arguments)]
-    entry = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=PRIMARY)(job)
+    folder = config_folder()
+    entry = hydra.main(version_base="1.3", config_path=str(folder), config_name=PRIMARY)(job)
     try:
         entry()
     except mistakes.CONFIGURATION_ERRORS as error:
         if not mistakes.is_configuration_error(error):
             raise
-        raise UserError(mistakes.explain(error, arguments, config_dir())) from error
+        raise UserError(mistakes.explain(error, arguments, folder)) from error
     except OSError as error:
         if not mistakes.is_from_making_a_folder(error):
             raise

@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from fusion.errors import UserError
 from fusion.files import write_text
-from fusion.run_folder import COMMAND, CONFIG, ERROR, REPORT
+from fusion.run_folder import (
+    COMMAND,
+    CONFIG,
+    ERROR,
+    REPORT,
+    finished_report,
+    recover,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +34,23 @@ _MISTAKE = 2
 
 
 def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
-    """Return whether the job of this configuration (YAML) has left its report in ``folder``.
+    """Return whether the job of this configuration (YAML) has left a whole run in ``folder``.
+
+    A job whose files are damaged or missing has to run again.
 
     Raises:
-        UserError: the report there is another job's, and must not be overwritten.
+        UserError: the run there is another job's, and must not be overwritten.
     """
-    if overwrite or not (folder / REPORT).is_file():
+    if overwrite:
         return False
-    if (folder / CONFIG).is_file():
-        earlier = (folder / CONFIG).read_text(encoding="utf-8")
-        if _comparable(earlier) == _comparable(config):
-            return True
+    recover(folder)
+    if not (folder / REPORT).is_file():
+        return False
+    if is_of(folder, config):
+        if finished_report(folder) is None:
+            log.warning("%s: its files are damaged or missing; running again", folder)
+            return False
+        return True
     raise UserError(
         f"'{folder}' holds the report of a job with other options; a sweep can be resumed in its "
         f"own output_path only: choose another one, or replace it with overwrite=true"
@@ -94,6 +107,17 @@ def summarise_and_tell(folder: Path) -> None:
     if summary.failed:
         records = [json.loads((folder / name / ERROR).read_text()) for name in summary.failed]
         sys.exit(_MISTAKE if all(record["mistake"] for record in records) else _FAILED)
+
+
+def is_of(folder: Path, config: str) -> bool:
+    """Return whether the files in ``folder`` are of the job of this configuration (YAML).
+
+    Where they are not a whole run, the job may write over them.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        return False
+    return _comparable(file.read_text(encoding="utf-8")) == _comparable(config)
 
 
 def _comparable(config: str) -> dict[str, Any]:

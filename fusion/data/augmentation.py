@@ -44,3 +44,7 @@ class Augmentation:
         image = torch.arange(len(images), device=images.device)[:, None, None]
         # Indices on both sides of the channels put the channels last; the view puts them back.
         return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def of_one(self, image: Tensor) -> Tensor:
+        """Return one image (C, H, W) augmented by a draw from torch's global generator."""
+        return self.apply(image[None], self.draw(1, torch.default_generator))[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 
+from fusion.data.foreign_images import can_augment
 from fusion.data.image_tensors import ImageTensors
+from fusion.data.labels import check_map_style
+from fusion.data.loading import loaded
 from fusion.data.seeds import seed_from
 from fusion.errors import UserError
 
@@ -29,33 +32,42 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = False,
-    workers: int = 0,
+    workers: int | Literal["auto"] = "auto",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate once over ``dataset`` in batches of normalised images and their labels.
 
     Order and augmentation depend on ``seed`` alone: not on the device, on the number of
-    processes or on torch's global generator.
+    processes and workers, or on torch's global generator. In a data set that is not
+    :class:`ImageTensors` they do not depend on the batch size either: for each image the global
+    generators of torch, Python and NumPy are seeded from ``seed`` and its index, and restored
+    afterwards, so that any transform is repeatable.
 
     Args:
         dataset: :class:`ImageTensors`, or any map-style data set of (image, label) pairs whose
-            images are tensors, normalised by the data set itself.
+            images are tensors, normalised by the data set itself unless it is of this package.
         batch_size: images a batch, counted over all processes: with four processes a batch of
             128 is 32 images in each.
         device: where the batches are wanted.
         shuffle: random order; otherwise the order of the data set.
         seed: give another one for each epoch.
-        augment: apply the data set's own augmentation.
+        augment: apply the data set's own augmentation. Somebody else's data set has a transform,
+            which it applies in either case.
         limit: use this many images at most, the first in the (shuffled) order.
         rank: number of this process.
         world_size: number of processes; every image goes to exactly one of them.
         drop_last: leave out a last batch that is not full, unless it is the only one.
-        workers: processes that load a data set that is not ``ImageTensors``.
+        workers: processes that read a data set that is not ``ImageTensors``. ``auto``: none for
+            data sets that hold tensors and for passes of up to 256 images, otherwise as many as
+            this process has cores, 16 at most; the first 64 images are read before they start,
+            so that asking for one small batch starts none.
 
     Returns:
         An iterator of (images float32 (n, C, H, W), labels int64 (n,)) on ``device``.
 
     Raises:
-        UserError: an impossible option, or a data set that cannot be read this way.
+        UserError: an impossible option, or a data set that cannot be read this way; while
+            reading, an item that is no such pair, images of different sizes in one batch, or an
+            image that fails to be read, with the index.
     """
     order = _order(dataset, shuffle=shuffle, seed=seed, limit=limit)
     plan = _plan(order, batch_size, drop_last=drop_last)
@@ -64,18 +76,24 @@ def batches(
             f"batch_size: {batch_size} images for process {rank} of {world_size}; every process "
             f"needs at least one image of a batch"
         )
-    if isinstance(dataset, ImageTensors):
-        if augment and dataset.augmentation is None:
-            raise UserError(
-                "augment: the data set says no augmentation; load it with one, or use augment=false"
-            )
-        return _tensor_batches(dataset, plan, torch.device(device), seed, augment, rank, world_size)
-    if augment:
+    if augment and not can_augment(dataset):
         raise UserError(
-            f"augment: a {type(dataset).__name__} augments by its own transform; use augment=false"
+            "augment: the data set says no augmentation; load it with one, or use augment=false"
         )
+    if workers != "auto" and workers < 0:
+        raise UserError(f"workers: {workers} were asked for; give 0 or more, or auto")
+    if isinstance(dataset, ImageTensors):
+        return _tensor_batches(dataset, plan, torch.device(device), seed, augment, rank, world_size)
     shares = [share.tolist() for batch in plan if len(share := batch[rank::world_size])]
-    return _loaded_batches(dataset, shares, torch.device(device), seed, workers)
+    return loaded(
+        dataset,
+        shares,
+        device=torch.device(device),
+        seed=seed,
+        augment=augment,
+        workers=workers,
+        world_size=world_size,
+    )
 
 
 def number_of_batches(
@@ -87,19 +105,13 @@ def number_of_batches(
 
 
 def _order(dataset: Dataset[Any], *, shuffle: bool, seed: int, limit: int | None) -> Tensor:
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-        raise UserError(
-            f"dataset: a {type(dataset).__name__} has no length; give a map-style data set, "
-            f"which has __len__ and __getitem__"
-        )
+    length = check_map_style(dataset)
     if limit is not None and limit < 1:
         raise UserError(f"limit: {limit} images were asked for; give 1 or more, or none")
-    if not len(dataset):
-        raise UserError(f"dataset: the {type(dataset).__name__} is empty")
     if not shuffle:
-        return torch.arange(len(dataset))[:limit]
+        return torch.arange(length)[:limit]
     generator = torch.Generator().manual_seed(seed_from(seed, "order"))
-    return torch.randperm(len(dataset), generator=generator)[:limit]
+    return torch.randperm(length, generator=generator)[:limit]
 
 
 def _plan(order: Tensor, batch_size: int, *, drop_last: bool) -> Sequence[Tensor]:
@@ -134,26 +146,3 @@ def _tensor_batches(
         if augmentation is not None and draws is not None:
             images = augmentation.apply(images, draws[rank::world_size])
         yield dataset.normalise(images), labels
-
-
-def _loaded_batches(
-    dataset: Dataset[Any],
-    shares: list[list[int]],
-    device: torch.device,
-    seed: int,
-    workers: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    image = dataset[shares[0][0]][0] if shares else None
-    if shares and not isinstance(image, Tensor):
-        raise UserError(
-            f"dataset: {type(dataset).__name__} gives images of type {type(image).__name__}; give "
-            f"it a transform that ends in a normalised tensor"
-        )
-    # A generator of its own, or the loader would draw from torch's global one.
-    generator = torch.Generator().manual_seed(seed_from(seed, "loader"))
-    loader = DataLoader(dataset, batch_sampler=shares, generator=generator, num_workers=workers)
-    for images, labels in loader:
-        yield (
-            images.to(device, torch.float32, non_blocking=True),
-            labels.to(device, torch.int64, non_blocking=True),
-        )

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from fusion.data.foreign_images import as_labelled
 from fusion.data.image_tensors import ImageTensors
+from fusion.data.labelled_images import LabelledImages
 from fusion.data.seeds import seed_from
+from fusion.data.view import part
 from fusion.errors import UserError
 
 
-def few(dataset: ImageTensors, n: int, *, seed: int = 0, stratified: bool = True) -> ImageTensors:
+@overload
+def few(
+    dataset: ImageTensors, n: int, *, seed: int = 0, stratified: bool = True
+) -> ImageTensors: ...
+@overload
+def few(
+    dataset: Dataset[Any], n: int, *, seed: int = 0, stratified: bool = True
+) -> LabelledImages: ...
+def few(dataset: Dataset[Any], n: int, *, seed: int = 0, stratified: bool = True) -> LabelledImages:
     """Return ``n`` images drawn without replacement, in random order; all if there are fewer.
 
     Args:
-        dataset: the set to draw from.
+        dataset: the set to draw from, any map-style data set; what is drawn of
+            :class:`ImageTensors` is :class:`ImageTensors`.
         n: how many images.
         seed: the same seed draws the same images; a larger ``n`` extends the draw.
         stratified: take turns among the classes, so that their counts differ by one at most
@@ -25,8 +40,12 @@ def few(dataset: ImageTensors, n: int, *, seed: int = 0, stratified: bool = True
     """
     if n < 1:
         raise UserError(f"n: {n} images were asked for; give 1 or more")
-    labels = dataset.labels.cpu() if stratified else torch.zeros(len(dataset))
-    return dataset.select(stratified_order(labels, seed_from(seed, "few"))[:n])
+    images = as_labelled(dataset)
+    labels = images.labels.cpu() if stratified else torch.zeros(len(images))
+    drawn = stratified_order(labels, seed_from(seed, "few"))[:n]
+    return part(
+        images, drawn, images.labels.cpu()[drawn], images.class_names, images.original_labels
+    )
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -6,18 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fusion.data.augmentation import Augmentation
+from fusion.data.labelled_images import RGB_MEAN, RGB_STD, LabelledImages
 from fusion.errors import UserError
 
-# ImageNet's channel means and deviations: what torchvision's models and most published weights,
-# those of CIFAR ResNets included, were trained with.
-RGB_MEAN = (0.485, 0.456, 0.406)
-RGB_STD = (0.229, 0.224, 0.225)
 
-
-class ImageTensors(Dataset[tuple[Tensor, int]]):
+class ImageTensors(LabelledImages):
     """Images (N, C, H, W) and labels (N,), with all that is needed to feed and to name them.
 
     Indexing gives ``(image, label)``, the image float32 and normalised; training reads whole
@@ -37,6 +32,11 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         UserError: shapes, types, labels or statistics do not fit together.
     """
 
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation | None
+
     def __init__(
         self,
         images: Tensor,
@@ -48,45 +48,36 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
         std: Sequence[float] = RGB_STD,
         augmentation: Augmentation | None = None,
     ) -> None:
-        originals = range(len(class_names)) if original_labels is None else original_labels
         self.images = images
-        self.labels = labels.to(torch.int64)
-        self.class_names = tuple(class_names)
-        self.original_labels = tuple(int(label) for label in originals)
-        self.mean = tuple(float(value) for value in mean)
-        self.std = tuple(float(value) for value in std)
-        self.augmentation = augmentation
-        self._check()
-        # One multiplication and one addition normalise a batch, whatever the storage type.
-        scale = 255.0 if images.dtype == torch.uint8 else 1.0
-        std_column = torch.tensor(self.std).view(-1, 1, 1)
-        self._factor = (1 / (scale * std_column)).to(images.device)
-        self._offset = (-torch.tensor(self.mean).view(-1, 1, 1) / std_column).to(images.device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.normalise(self.images[index]), int(self.labels[index])
+        super().__init__(
+            labels,
+            class_names=class_names,
+            original_labels=range(len(class_names)) if original_labels is None else original_labels,
+            mean=mean,
+            std=std,
+            augmentation=augmentation,
+        )
+        self._check_images()
 
     def __repr__(self) -> str:
         shape = "x".join(str(size) for size in self.images.shape[1:])
         return f"{type(self).__name__}({len(self)} images {shape}, {self.num_classes} classes)"
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are: labels run from 0 to this number minus one."""
-        return len(self.class_names)
+    def in_memory(self) -> bool:
+        """True: the pixels are in one tensor."""
+        return True
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored pixels."""
         return self.images.nbytes
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Return stored pixels (…, C, H, W) as float32, minus the mean and over the deviation."""
-        factor, offset = self._factor.to(images.device), self._offset.to(images.device)
-        return images.to(torch.float32).mul(factor).add_(offset)
+    def pixels(self, index: int, *, augment: bool = False) -> Tensor:
+        """Return one image (C, H, W) as it is stored; see :class:`LabelledImages`."""
+        if not augment or self.augmentation is None:
+            return self.images[index]
+        return self.augmentation.of_one(self.images[index])
 
     def select(self, indices: Tensor) -> ImageTensors:
         """Return the images at ``indices``, with the same classes."""
@@ -110,7 +101,7 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
             augmentation=self.augmentation,
         )
 
-    def _check(self) -> None:
+    def _check_images(self) -> None:
         if self.images.ndim != 4 or 0 in self.images.shape:
             raise UserError(
                 f"images: the shape is {tuple(self.images.shape)}; give at least one image as "
@@ -125,25 +116,4 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
                 f"labels: the shape is {tuple(self.labels.shape)} for {len(self.images)} images; "
                 f"give one label an image"
             )
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0 or high >= len(self.class_names):
-            raise UserError(
-                f"labels: they run from {low} to {high}, but {len(self.class_names)} class names "
-                f"were given; labels count from 0 and each has a name"
-            )
-        if len(self.original_labels) != len(self.class_names) or len(
-            set(self.original_labels)
-        ) != len(self.original_labels):
-            raise UserError(
-                f"original_labels: {self.original_labels} for {len(self.class_names)} classes; "
-                f"give one different label a class"
-            )
-        channels = self.images.shape[1]
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise UserError(
-                    f"{name}: {len(values)} numbers for images of {channels} channels; give one "
-                    f"number a channel"
-                )
-        if min(self.std) <= 0:
-            raise UserError(f"std: {self.std} has a number that is not above zero")
+        self._check_channels(self.images.shape[1])

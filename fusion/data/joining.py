@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from fusion.data.class_subset import class_name
+from fusion.data.foreign_images import as_labelled
 from fusion.data.image_tensors import ImageTensors
+from fusion.data.labelled_images import LabelledImages
+from fusion.data.view import ImageView, last_augmentation, rows_of
 from fusion.errors import UserError
 
 
-def concat(datasets: Sequence[ImageTensors]) -> ImageTensors:
+@overload
+def concat(datasets: Sequence[ImageTensors]) -> ImageTensors: ...
+@overload
+def concat(datasets: Sequence[Dataset[Any]]) -> LabelledImages: ...
+def concat(datasets: Sequence[Dataset[Any]]) -> LabelledImages:
     """Join sets that are parts of one full data set, under its original labels.
 
     The result's classes are all that occur, in the order of their original labels; an image that
-    several sets hold is held several times. Augmentation and normalisation are the first's.
+    several sets hold is held several times. Normalisation is the first's, and so is augmentation,
+    except that streamed sets with transforms of their own each keep theirs. Sets that all are
+    :class:`ImageTensors` become :class:`ImageTensors`; others are read when they are asked for.
 
     Raises:
         UserError: no set, or sets that differ in image shape, pixel type, normalisation, or in
@@ -22,40 +35,67 @@ def concat(datasets: Sequence[ImageTensors]) -> ImageTensors:
     """
     if not datasets:
         raise UserError("datasets: nothing was given to join; give at least one data set")
-    first = datasets[0]
+    parts = [as_labelled(dataset) for dataset in datasets]
+    first = parts[0]
+    names = _names(parts)
+    originals = sorted(names)
+    position = {original: label for label, original in enumerate(originals)}
+    labels = torch.cat([_joined_labels(part, position) for part in parts])
+    class_names = None if first.class_names is None else [names[label] for label in originals]
+    tensors = [part for part in parts if isinstance(part, ImageTensors)]
+    if class_names is not None and len(tensors) == len(parts):
+        device = tensors[0].images.device
+        return ImageTensors(
+            torch.cat([part.images.to(device) for part in tensors]),
+            labels.to(device),
+            class_names=class_names,
+            original_labels=originals,
+            mean=tensors[0].mean,
+            std=tensors[0].std,
+            augmentation=tensors[0].augmentation,
+        )
+    rows = [rows_of(number, torch.arange(len(part))) for number, part in enumerate(parts)]
+    return ImageView(
+        parts,
+        torch.cat(rows),
+        labels,
+        class_names=class_names,
+        original_labels=originals,
+        mean=first.mean,
+        std=first.std,
+        augmentation=last_augmentation(first),
+    )
+
+
+def _names(parts: Sequence[LabelledImages]) -> dict[int, str]:
+    """Return the name of each original label, after a check that the sets agree."""
+    first = parts[0]
     names: dict[int, str] = {}
-    for number, dataset in enumerate(datasets):
-        for what, here, there in (
-            ("images of shape", tuple(dataset.images.shape[1:]), tuple(first.images.shape[1:])),
-            ("pixels of type", dataset.images.dtype, first.images.dtype),
-            ("normalisation", (dataset.mean, dataset.std), (first.mean, first.std)),
-        ):
+    for number, part in enumerate(parts):
+        facts: list[tuple[str, Any, Any]] = [
+            ("normalisation", (part.mean, part.std), (first.mean, first.std))
+        ]
+        if isinstance(part, ImageTensors) and isinstance(first, ImageTensors):
+            shape, dtype = part.images.shape[1:], part.images.dtype
+            facts.insert(0, ("pixels of type", dtype, first.images.dtype))
+            facts.insert(0, ("images of shape", tuple(shape), tuple(first.images.shape[1:])))
+        for what, here, there in facts:
             if here != there:
                 raise UserError(
                     f"datasets: number {number} has {what} {here}, the first has {there}; sets "
                     f"that are joined must agree"
                 )
-        for original, name in zip(dataset.original_labels, dataset.class_names, strict=True):
+        for label, original in enumerate(part.original_labels):
+            name = class_name(part, label)
             if names.setdefault(original, name) != name:
                 raise UserError(
                     f"datasets: original label {original} is '{names[original]}' in one set and "
                     f"'{name}' in number {number}; join parts of one full data set"
                 )
-    originals = sorted(names)
-    position = {original: label for label, original in enumerate(originals)}
-    device = first.images.device
-    labels = [
-        torch.tensor([position[original] for original in dataset.original_labels])[
-            dataset.labels.cpu()
-        ]
-        for dataset in datasets
+    return names
+
+
+def _joined_labels(part: LabelledImages, position: dict[int, int]) -> Tensor:
+    return torch.tensor([position[original] for original in part.original_labels])[
+        part.labels.cpu()
     ]
-    return ImageTensors(
-        torch.cat([dataset.images.to(device) for dataset in datasets]),
-        torch.cat(labels).to(device),
-        class_names=[names[original] for original in originals],
-        original_labels=originals,
-        mean=first.mean,
-        std=first.std,
-        augmentation=first.augmentation,
-    )

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ABSENT = "–"
 
 
-def accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a plain-text table: a row a model, a column a task, accuracy in percent.
+def accuracy_table(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    means: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> str:
+    """Return a plain-text table: one row per model, one column per task, accuracy in percent.
 
-    A model that has no outputs for a task shows a dash there.
+    A model that cannot answer a task has a dash there.
 
     Args:
         evaluations: model → task → metrics with ``accuracy`` between 0 and 1.
+        means: heading of a further column → model → number between 0 and 1, or ``None``.
     """
     tasks = list(dict.fromkeys(task for results in evaluations.values() for task in results))
-    rows = [["model", *tasks]]
+    further = dict(means or {})
+    rows = [["model", *tasks, *further]]
     for model, results in evaluations.items():
-        cells = [
-            f"{100 * results[task]['accuracy']:.1f}"
-            if task in results and "accuracy" in results[task]
-            else _ABSENT
-            for task in tasks
-        ]
+        cells = [_percent(results.get(task, {}).get("accuracy")) for task in tasks]
+        cells += [_percent(column.get(model)) for column in further.values()]
         rows.append([model, *cells])
+    return "\n".join(f"  {line}" for line in _aligned(rows))
+
+
+def _percent(value: float | None) -> str:
+    return _ABSENT if value is None else f"{100 * value:.1f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(f"  {line}" for line in lines)
+    return lines

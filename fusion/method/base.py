@@ -8,12 +8,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, as_modelpool
 
 if TYPE_CHECKING:
@@ -30,13 +31,31 @@ class Timing:
     seconds: float = 0.0
 
 
+@dataclass
+class Record:
+    """What one run of an algorithm says beside its result.
+
+    Attributes:
+        report: plain JSON values for ``report.json``.
+        controls: networks that are measured beside the result: name → what makes the network.
+        labels: name of a control → the classes of its outputs, where they are not the result's.
+        timings: time spent under each name given to :meth:`BaseAlgorithm.profile`.
+    """
+
+    report: dict[str, Any] = field(default_factory=dict)
+    controls: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    labels: dict[str, LabelSpace | None] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
+
+
 class BaseAlgorithm(ABC):
     """Subclass this, write ``run``, and name the class as a method's ``_target_``.
 
     ``run`` always receives a :class:`BaseModelPool` that passed :meth:`check_pool`: whoever calls
-    it may hand over a pool, a ``dict[str, nn.Module]``, a list of modules or one module. Around
-    the outermost call stand the hooks :meth:`on_run_start` and :meth:`on_run_end`. No constructor
-    of this class needs to be called, and a pool is never changed: what it hands out are copies.
+    it may pass a pool, a ``dict[str, nn.Module]``, a list of modules or one module. Around the
+    outermost call stand the hooks :meth:`on_run_start` and :meth:`on_run_end`. This holds wherever
+    ``run`` was defined: in the class, in a mixin, or assigned later. No constructor of this class
+    needs to be called, and a pool is never changed: what it returns are copies.
 
     Attributes:
         output_path: the folder for the tables and figures that the algorithm writes; ``None``
@@ -48,10 +67,16 @@ class BaseAlgorithm(ABC):
     progress: bool | None = None
     _fabric: Fabric | None = None
     _running: bool = False
+    _record: Record | None = None
 
     @abstractmethod
-    def run(self, modelpool: BaseModelPool) -> nn.Module:
-        """Return a new network made from the pool."""
+    def run(self, modelpool: Any) -> nn.Module:
+        """Return a new network made from the pool.
+
+        Args:
+            modelpool: written for: a :class:`BaseModelPool`. Called with: that, or whatever
+                :func:`fusion.modelpool.as_modelpool` makes one of.
+        """
 
     def on_run_start(self) -> None:
         """Do something before ``run``; nothing by default."""
@@ -83,19 +108,29 @@ class BaseAlgorithm(ABC):
         self._fabric = fabric
 
     @property
-    def report(self) -> dict[str, Any]:
-        """What the algorithm says in ``report.json`` beside the timings: plain JSON values."""
-        content: dict[str, Any] = self.__dict__.setdefault("_report", {})
-        return content
+    def record(self) -> Record:
+        """What the present or the last run says beside its result; each run begins a new one."""
+        if self._record is None:
+            self._record = Record()
+        return self._record
 
     @property
-    def references(self) -> dict[str, Callable[[], nn.Module]]:
-        """Controls that a program evaluates beside the result: name → what makes the network.
+    def report(self) -> dict[str, Any]:
+        """What the run says in ``report.json`` beside the timings: plain JSON values."""
+        return self.record.report
+
+    @property
+    def controls(self) -> dict[str, Callable[[], nn.Module]]:
+        """Networks that are measured beside the result: name → what makes the network.
 
         ``run`` fills it with whatever an honest reader would compare the result with.
         """
-        models: dict[str, Callable[[], nn.Module]] = self.__dict__.setdefault("_references", {})
-        return models
+        return self.record.controls
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        """The time spent under each name given to :meth:`profile`."""
+        return self.record.timings
 
     @property
     def selected_layers(self) -> list[str]:
@@ -105,15 +140,9 @@ class BaseAlgorithm(ABC):
         """
         return []
 
-    def result_classes(self, modelpool: BaseModelPool) -> tuple[int, ...] | None:
-        """Return the original labels of the result's outputs; the base's by default."""
-        return modelpool.classes(modelpool.pretrained_or_first_name)
-
-    @property
-    def timings(self) -> dict[str, Timing]:
-        """The time spent under each name given to :meth:`profile`."""
-        timings: dict[str, Timing] = self.__dict__.setdefault("_timings", {})
-        return timings
+    def result_labels(self, modelpool: BaseModelPool) -> LabelSpace | None:
+        """Return the classes of the result's outputs; the base's by default."""
+        return modelpool.labels(modelpool.pretrained_or_first_name)
 
     @contextmanager
     def profile(self, what: str) -> Iterator[None]:
@@ -126,34 +155,35 @@ class BaseAlgorithm(ABC):
             timing.calls += 1
             timing.seconds += time.perf_counter() - start
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if "run" in cls.__dict__ and not getattr(cls.run, "__isabstractmethod__", False):
-            setattr(cls, "run", _prepared(cls.run))  # noqa: B010 - mypy guards plain assignment
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute; ``run`` comes with everything that stands around it.
+
+        Looking it up here, rather than wrapping it when a class is made, covers mixins and
+        functions that are assigned to a class or an object. ``super().run`` does not pass here and
+        is the bare method.
+        """
+        value = super().__getattribute__(name)
+        return functools.partial(_run, self, value) if name == "run" else value
 
 
-def _prepared(
-    run: Callable[[Any, BaseModelPool], nn.Module],
-) -> Callable[[Any, object], nn.Module]:
-    """Wrap a subclass's ``run``: pool made and checked, hooks called, timings told."""
-
-    @functools.wraps(run)
-    def prepared(self: BaseAlgorithm, modelpool: object) -> nn.Module:
-        pool = as_modelpool(modelpool)
-        if self._running:  # a subclass that calls super().run: the outermost call has done it all
-            return run(self, pool)
-        self.check_pool(pool)
-        self._running = True
-        try:
-            self.on_run_start()
-            with self.profile("run"):
-                return run(self, pool)
-        finally:
-            self._running = False
-            self.on_run_end()
-            log.info("Time: %s", _summary(self.timings))
-
-    return prepared
+def _run(
+    algorithm: BaseAlgorithm, run: Callable[[BaseModelPool], nn.Module], modelpool: object
+) -> nn.Module:
+    """Call an algorithm's ``run``: pool made and checked, hooks called, time logged."""
+    pool = as_modelpool(modelpool)
+    if algorithm._running:  # run calls self.run: the outermost call has done it all
+        return run(pool)
+    algorithm.check_pool(pool)
+    algorithm._running = True
+    algorithm._record = Record()
+    try:
+        algorithm.on_run_start()
+        with algorithm.profile("run"):
+            return run(pool)
+    finally:
+        algorithm._running = False
+        algorithm.on_run_end()
+        log.info("Time: %s", _summary(algorithm.timings))
 
 
 def _summary(timings: Mapping[str, Timing]) -> str:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from fusion.files import write_text
+from fusion.merging.members import Members
 from fusion.method.base import BaseAlgorithm
-from fusion.weights import ModuleSource, TensorSource
+from fusion.models import MultiTaskNetwork
+from fusion.weights import ModuleSource, TensorSource, tensors_of
 from fusion.weights.task_vectors import sum_task_vectors
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def consistency(
     *,
     merged_tensors: Collection[str] = (),
     buffers: bool = False,
+    without: Collection[str] = (),
 ) -> dict[str, Consistency]:
     """Compare a merged model with two experts or more, over all layers and over the merged ones.
 
@@ -73,12 +76,14 @@ def consistency(
         merged_tensors: state-dict keys of the layers that were merged.
         buffers: add the running statistics to the parameters. Integer counters have no direction
             and never count: their size alone would decide the cosine.
+        without: state-dict keys that are left out, such as those of a head.
 
     Returns:
         ``"all layers"`` and, if some were merged, ``"merged layers"`` → consistency. Empty for
         fewer than two experts, or without a tensor in common.
     """
-    names = common_tensors(merged, experts, buffers=buffers)
+    common = common_tensors(merged, experts, buffers=buffers)
+    names = [name for name in common if name not in without]
     if len(experts) < 2 or not names:
         return {}
     scopes = {ALL_LAYERS: list(range(len(names)))}
@@ -100,15 +105,20 @@ def consistency(
     }
 
 
-def keep_consistency(
+def write_consistency(
     algorithm: BaseAlgorithm,
     merged: nn.Module,
-    experts: Mapping[str, TensorSource],
+    members: Members,
     *,
     merged_tensors: Collection[str],
 ) -> None:
-    """Measure what an algorithm has merged: into its report, its log and ``consistency.csv``."""
-    found = consistency(merged, experts, merged_tensors=merged_tensors)
+    """Write how consistent a merge is with its experts to report, log and ``consistency.csv``.
+
+    Of a network of several tasks the body is compared, which all tasks share.
+    """
+    network = merged.for_task(merged.tasks[0]) if isinstance(merged, MultiTaskNetwork) else merged
+    own = members.head.tensors if isinstance(merged, MultiTaskNetwork) else ()
+    found = consistency(network, members.experts, merged_tensors=merged_tensors, without=own)
     if not found:
         return
     algorithm.report["consistency"] = consistency_report(found)
@@ -127,7 +137,7 @@ def common_tensors(
     Parameters only, unless ``buffers``. What is shared counts once.
     """
     named = dict(model.named_parameters())
-    state = model.state_dict()
+    state = tensors_of(model)
     if buffers:
         named |= {name: value for name, value in model.named_buffers() if name in state}  # type: ignore[misc]
     return [
@@ -142,7 +152,7 @@ def common_tensors(
 
 
 def consistency_table(found: Mapping[str, Consistency]) -> pd.DataFrame:
-    """Return a row for each scope and pair: ``scope``, ``expert``, ``other``, ``consistency``.
+    """Return one row for each scope and pair: ``scope``, ``expert``, ``other``, ``consistency``.
 
     Rows whose ``other`` is empty are means: each expert's, and without ``expert`` that of all.
     """

@@ -1,4 +1,4 @@
-"""Merge nothing: hand back the pretrained model, to evaluate it or to fine-tune it."""
+"""Merge nothing: return the pretrained model, to evaluate it or to fine-tune it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DummyAlgorithm(BaseAlgorithm):
         return modelpool.load_pretrained_or_first_model()
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
-        """Check that there is a model at all, and the one that is handed back.
+        """Check that there is a model at all, and the one that is returned.
 
         Raises:
             UserError: the pool is empty, or that model cannot be made.
         """
         name = modelpool.pretrained_or_first_name
-        if wrong := modelpool.member(name).check(name, modelpool):
+        if wrong := modelpool.entry(name).check():
             raise UserError("; ".join(wrong))

@@ -13,15 +13,16 @@ from tqdm import tqdm
 
 from fusion.alignment import align
 from fusion.alignment.align import By
-from fusion.errors import UserError
+from fusion.errors import UserError, check_choice
 from fusion.files import write_text
-from fusion.method.aligned import activation_images, check_alignable, symmetries
-from fusion.method.averaging import mean_network, treat
+from fusion.merging import batch_norm as bn
+from fusion.merging.alignment import AlignmentStage, activation_images, symmetries
+from fusion.merging.averaging import mean_network
+from fusion.merging.heads import plan_heads
 from fusion.method.base import BaseAlgorithm
-from fusion.method.batch_norm import check_sample
-from fusion.method.choice import check_choice
 from fusion.modelpool import BaseModelPool
 from fusion.taskpool import ClassificationTaskPool
+from fusion.weights import tensors_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,19 +81,17 @@ class InterpolationBarrier(BaseAlgorithm):
             raise UserError(
                 f"points is {points}; a line with a point midway takes an odd number from 3 on"
             )
-        check_sample(calibration_images, batch_size)
         self.alignments = list(alignments)
         self.batch_norm = list(batch_norm)
         self.points = points
-        self.calibration_images = calibration_images
-        self.batch_size = batch_size
+        self.calibration = bn.Calibration(calibration_images, batch_size, seed)
         self.plot = plot
         self.seed = seed
         self._rows: list[dict[str, Any]] = []
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each alignment, treatment and point ``t``: ``accuracy`` and ``loss``."""
+        """One row for each alignment, treatment and point ``t``: ``accuracy`` and ``loss``."""
         import pandas as pd
 
         return pd.DataFrame(self._rows)
@@ -109,32 +108,25 @@ class InterpolationBarrier(BaseAlgorithm):
                 f"{len(modelpool)}; name two"
             )
         modelpool.preflight()
-        for kind, names in (
-            ("train", modelpool.train_dataset_names),
-            ("test", modelpool.test_dataset_names),
-        ):
-            if not names:
-                raise UserError(f"interpolation_barrier needs images; add {kind}_datasets")
-        shapes = [
-            {key: tensor.shape for key, tensor in modelpool.architecture(name).named_parameters()}
-            for name in modelpool.model_names
-        ]
-        for key, shape in shapes[0].items():
-            if shapes[1][key] != shape:
-                first, second = modelpool.model_names
-                raise UserError(
-                    f"'{key}' is {tuple(shape)} in '{first}' and "
-                    f"{tuple(shapes[1][key])} in '{second}'; a line needs two networks of "
-                    f"one shape, heads included"
-                )
-        check_alignable(modelpool)
+        for split in ("train", "test"):
+            if not modelpool.has_data(split):
+                raise UserError(f"interpolation_barrier needs images; add {split}_datasets")
+        plan = plan_heads(modelpool)
+        if plan.kind != "merged":
+            first, second = modelpool.model_names
+            raise UserError(
+                f"'{first}' and '{second}' have different classes; a line needs two networks of "
+                f"one label space"
+            )
+        AlignmentStage().check(modelpool)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Measure the line; return the first network."""
         first, second = (modelpool.load_model(name).eval() for name in modelpool.model_names)
-        name = modelpool.test_dataset_names[0]
-        tasks = ClassificationTaskPool({name: modelpool.load_test_dataset(name)})
+        name = modelpool.model_names[0]
+        tasks = ClassificationTaskPool({name: modelpool.dataset(name, "test")})
         tasks.fabric = self.fabric
+        labels = plan_heads(modelpool).labels
         ends = {how: self._aligned(second, first, how, modelpool) for how in self.alignments}
         grid = list(itertools.product(self.alignments, self.batch_norm, range(self.points)))
         self._rows = []
@@ -142,7 +134,7 @@ class InterpolationBarrier(BaseAlgorithm):
         for how, treatment, point in tqdm(grid, desc="Walking", unit="point", disable=hidden):
             t = point / (self.points - 1)
             between = self._between(first, ends[how], t, treatment, modelpool)
-            found = tasks.evaluate(between)[name]
+            found = tasks.evaluate(between, labels=labels)[name]
             self._rows.append(
                 {
                     "alignment": how,
@@ -153,7 +145,7 @@ class InterpolationBarrier(BaseAlgorithm):
                 }
             )
         self.report["barrier"] = barriers(self.table).to_dict(orient="records")
-        self._keep()
+        self._write()
         return first
 
     def _aligned(
@@ -164,12 +156,7 @@ class InterpolationBarrier(BaseAlgorithm):
         by: By = "activations" if how == "activations" else "weights"
         data = None
         if by == "activations":
-            data = activation_images(
-                modelpool,
-                batch_size=self.batch_size,
-                limit=self.calibration_images,
-                seed=self.seed,
-            )
+            data = activation_images(modelpool, self.calibration)
         with self.profile(f"align by {how}"):
             return align(
                 model,
@@ -187,24 +174,21 @@ class InterpolationBarrier(BaseAlgorithm):
         if t in (0.0, 1.0):
             return copy.deepcopy(second if t else first)
         weights = [1 - t, t]
-        return treat(
-            mean_network(
-                first,
-                [first.state_dict(), second.state_dict()],
-                weights,
-                statistics="merge" if treatment == "merge" else "interpolate",
-            ),
-            treatment,
-            pool,
-            self.fabric,
-            members=[first, second],
-            weights=weights,
-            images=self.calibration_images,
-            batch_size=self.batch_size,
-            seed=self.seed,
+        between = mean_network(
+            first,
+            [tensors_of(first), tensors_of(second)],
+            weights,
+            statistics="merge" if treatment == "merge" else "interpolate",
         )
+        if treatment == "recalibrate":
+            return bn.recalibrate(between, pool, self.fabric, self.calibration)
+        if treatment == "repair":
+            return bn.repair_mean(
+                between, [first, second], pool, self.fabric, self.calibration, weights=weights
+            )
+        return between
 
-    def _keep(self) -> None:
+    def _write(self) -> None:
         for row in self.report["barrier"]:
             log.info(
                 "%s alignment, batch norm %s: midpoint %.1f %%, barrier %.1f points, %.2f nats",

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from fusion.errors import UserError, suggestion
+from fusion.errors import UserError, check_choice, suggestion
 from fusion.files import write_text
-from fusion.method import batch_norm as bn
-from fusion.method import head as heads
-from fusion.method import layer_scores as scores
-from fusion.method import notebook
-from fusion.method.aligned import align_experts, check_alignable, keep_alignment
-from fusion.method.base import BaseAlgorithm
-from fusion.method.batch_norm import working
-from fusion.method.choice import check_choice
-from fusion.method.consistency import keep_consistency
-from fusion.method.layer_scores import LayerRecord
+from fusion.merging import layer_scores as scores
+from fusion.merging import notebook
+from fusion.merging.heads import HeadPlan, plan_heads
+from fusion.merging.layer_scorer import LayerScorer
+from fusion.merging.layer_scores import LayerRecord
+from fusion.merging.members import LayerChoice, Members, layers_of
+from fusion.merging.rule import Rule
+from fusion.merging.rules import Mean, Slerp, Ties
+from fusion.method.consistency import write_consistency
+from fusion.method.merge import Merge
 from fusion.modelpool import PRETRAINED, BaseModelPool
-from fusion.models import Layer, find_layers, head_names
+from fusion.models import Layer
 from fusion.spectrum import layer_snr
 from fusion.spectrum.noise_model import SigmaRule, ThresholdRule
-from fusion.weights import TensorSource, spherical_mean, ties, weighted_mean
+from fusion.weights import exact_device
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,11 +37,9 @@ log = logging.getLogger(__name__)
 WEIGHTINGS = ("snr", "equal")
 INTERPOLATIONS = ("lerp", "slerp", "ties")
 SCORINGS = ("calibrated", "notebook")
-HEADS = ("pretrained", "union")
-_HEAD_WORDS = {"pretrained": "kept as the base has it", "union": "the union of the experts' rows"}
 
 
-class SNRSelectiveMerge(BaseAlgorithm):
+class SNRSelectiveMerge(Merge):
     """Merge experts into their base, layer-selectively by signal-to-noise ratio.
 
     A layer is a convolution or linear module with all its parameters and the normalisation that
@@ -68,14 +63,12 @@ class SNRSelectiveMerge(BaseAlgorithm):
         interpolation: ``lerp`` (weighted mean), ``slerp`` (on the sphere), ``ties``.
         scoring: ``calibrated``, or ``notebook`` (the formula without the factor √b, norm layers
             ranked by themselves; kept for comparison only).
-        batch_norm: running statistics: ``pretrained`` (kept), ``merge`` (those of the mixture, in
-            merged layers), ``recalibrate`` (measured anew on a shuffled sample of the pool's
-            training data), ``auto`` (recalibrate where the pool has data, else merge).
-        head: tensors whose shape differs between members: ``pretrained`` keeps the base's,
-            ``union`` assembles the experts' rows by the original labels of their classes.
+        batch_norm, head: see :class:`~fusion.method.Merge`. A head that is not merged like any
+            layer is no candidate for selection.
         sigma, threshold, alpha: of the noise model, see :func:`fusion.spectrum.layer_snr`.
-        density: of TIES: the share of each change that is kept, in (0, 1].
-        scale: of TIES: the factor λ of the merged change.
+        density: of TIES: the share of each change that is kept, in (0, 1]; 0.2 by default. Under
+            ``scoring=notebook`` there is nothing to choose: its rule trims nothing.
+        scale: of TIES: the factor λ of the merged change; 1 by default, likewise.
         calibration_images: how many images ``recalibrate`` looks at, at most.
         batch_size: images per forward pass of the recalibration.
         align: first bring the experts' units into the base's order (:func:`fusion.alignment.align`;
@@ -90,6 +83,8 @@ class SNRSelectiveMerge(BaseAlgorithm):
         UserError: an option that has no meaning.
     """
 
+    without_alignment: ClassVar[str] = "align=false"
+
     def __init__(
         self,
         *,
@@ -99,12 +94,12 @@ class SNRSelectiveMerge(BaseAlgorithm):
         interpolation: str = "lerp",
         scoring: str = "calibrated",
         batch_norm: str = "auto",
-        head: str = "pretrained",
+        head: str = "auto",
         sigma: SigmaRule = "median",
         threshold: ThresholdRule = "tracy_widom",
         alpha: float = 0.01,
-        density: float = 0.2,
-        scale: float = 1.0,
+        density: float | None = None,
+        scale: float | None = None,
         calibration_images: int = 2000,
         batch_size: int = 128,
         align: bool = True,
@@ -120,38 +115,33 @@ class SNRSelectiveMerge(BaseAlgorithm):
             check_choice("weighting", weighting, WEIGHTINGS)
         check_choice("interpolation", interpolation, INTERPOLATIONS)
         check_choice("scoring", scoring, SCORINGS)
-        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
-        check_choice("head", head, HEADS)
-        if not 0 < density <= 1:
-            raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")
-        bn.check_sample(calibration_images, batch_size)
+        super().__init__(
+            rule=_rule(interpolation, scoring, density, scale),
+            align="weights" if align else None,
+            head=head,
+            # The notebook left the base's buffers alone.
+            batch_norm="pretrained"
+            if (batch_norm, scoring) == ("auto", "notebook")
+            else batch_norm,
+            calibration_images=calibration_images,
+            batch_size=batch_size,
+            example_input=example_input,
+            plot=plot,
+            seed=seed,
+        )
         self.top_p = top_p
         self.rank_by = rank_by
         self.weighting = weighting
         self.interpolation = interpolation
         self.scoring = scoring
-        self.batch_norm = batch_norm
-        self.head = head
-        self.density = density
-        self.scale = scale
-        self.calibration_images = calibration_images
-        self.batch_size = batch_size
-        self.align = align
-        self.example_input = example_input
-        self.plot = plot
-        self.seed = seed
+        if not isinstance(weighting, str):
+            self.weights = weighting
         self._snr = partial(layer_snr, sigma=sigma, threshold=threshold, alpha=alpha)
-        self._snr(torch.eye(4))  # a misspelt estimator is told now, not after training the experts
+        self._snr(torch.eye(4))  # a misspelt estimator is an error now, not after hours of training
         self._records: list[LayerRecord] = []
-        self._experts: list[str] = []
-        self._labels: tuple[int, ...] | None = None
+        self._experts: tuple[str, ...] = ()
 
     # -- what a user looks at --------------------------------------------------------------------
-
-    @property
-    def selected_layers(self) -> list[str]:
-        """The names of the merged layers, in the order of the forward pass."""
-        return [record.layer.name for record in self._records if record.selected]
 
     @property
     def layer_table(self) -> pd.DataFrame:
@@ -194,164 +184,82 @@ class SNRSelectiveMerge(BaseAlgorithm):
                 f"{type(self).__name__} needs a base and at least one expert; the pool has "
                 f"{', '.join(modelpool.all_model_names) or 'nothing'}; add '{PRETRAINED}' and more"
             )
-        modelpool.preflight()
-        model = modelpool.architecture(PRETRAINED)
+        super().check_pool(modelpool)
         if not isinstance(self.rank_by, str):
-            self._check_names(self.rank_by, model, modelpool)
+            self._check_names(self.rank_by, modelpool)
         if self.rank_by in ("similarity", "hybrid") and len(modelpool) < 2:
             raise UserError(f"rank_by={self.rank_by} compares experts, and the pool has only one")
-        if not isinstance(self.weighting, str):
-            self._given_weights(modelpool.model_names)
-        if self.head == "union":
-            heads.check_union(modelpool)
-        if self.align:
-            try:
-                check_alignable(modelpool, self.example_input)
-            except UserError as error:
-                raise UserError(f"{error}; or merge without alignment: align=false") from error
-        bn.chosen_treatment(self._batch_norm, modelpool, model)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the base with the selected layers merged; nothing in the pool is changed."""
-        self._experts = modelpool.model_names
-        with self.profile("load members"):
-            model = modelpool.load_pretrained_model()
-            base = model.state_dict()
-            experts = {name: modelpool.tensors(name) for name in self._experts}
-        if self.align:
-            with self.profile("align experts"):
-                experts, records = align_experts(
-                    self, modelpool, model, self._experts, shape=self.example_input, seed=self.seed
-                )
-                keep_alignment(self, records, plot=self.plot)
-        with self.profile("score layers"):
-            self._records = self._score(model, base, experts)
-            self._select()
-        treatment = bn.chosen_treatment(self._batch_norm, modelpool, model)
-        with self.profile("merge layers"):
-            merged = self._merge(model, base, experts)
-            statistics = (
-                self._merge_statistics(model, base, experts) if treatment == "merge" else {}
-            )
-            merged |= statistics
-            self._labels = modelpool.classes(PRETRAINED)
-            if self.head == "union":
-                self._labels = heads.unite(merged, base, experts, modelpool)
-            result = copy.deepcopy(model)
-            heads.resize(result, merged)
-            result.load_state_dict(merged)
-        with self.profile("batch norm"):
-            self._treat_batch_norm(treatment, result, model, statistics, modelpool)
-        with self.profile("consistency"):
-            merged_tensors = [key for r in self._records if r.selected for key in r.layer.tensors]
-            keep_consistency(self, result, experts, merged_tensors=merged_tensors)
-        self._tell(treatment)
+        result = super().run(modelpool)
+        chosen = {r.layer.name: r.weights for r in self._records if r.selected}
+        self.report.update(
+            weights=chosen,
+            candidate_layers=sum(not record.is_head for record in self._records),
+        )
+        if self.output_path is not None and self.fabric.is_global_zero:
+            from fusion.figures.layers import layer_snr_figure
+            from fusion.figures.style import save_figure
+
+            table = self.layer_table
+            write_text(self.output_path / "layers.csv", table.to_csv(index=False))
+            if self.plot:
+                save_figure(layer_snr_figure(table), self.output_path, "layers")
         return result
 
-    def result_classes(self, modelpool: BaseModelPool) -> tuple[int, ...] | None:
-        """Return the original labels of the result's outputs."""
-        del modelpool
-        return self._labels
+    def prepared(self, members: Members) -> Members:
+        """Return the members; under the notebook's scoring every norm is a layer of its own."""
+        return dataclasses.replace(members, layers=self._layers(members.layers, members.network))
 
-    def _layers(self, model: nn.Module) -> tuple[Layer, ...]:
-        layers = find_layers(model)
-        return notebook.split_norms(layers, model) if self.scoring == "notebook" else layers
+    def choose(self, members: Members, plan: HeadPlan) -> LayerChoice:
+        """Score the layers, select the best, and weigh the experts in each of them."""
+        self._experts = members.names
+        scorer = LayerScorer(
+            None if self.scoring == "notebook" else self._snr,
+            with_task_vectors=self.rank_by == "task_vector",
+            device=exact_device(self.fabric.device),
+            progress=self.progress,
+        )
+        self._records = scorer.score(members, with_head=plan.head_is_a_layer)
+        for record in self._records:
+            record.weights = self._weights(record)
+        self._select()
+        return LayerChoice(
+            {r.layer.name: tuple(r.weights.values()) for r in self._records if r.selected}
+        )
 
-    def _check_names(
-        self, names: Sequence[str], model: nn.Module, modelpool: BaseModelPool
-    ) -> None:
+    def finish(self, members: Members, result: nn.Module) -> None:
+        """Measure how far the result lies in the directions of its experts."""
+        merged = [key for r in self._records if r.selected for key in r.layer.tensors]
+        with self.profile("consistency"):
+            write_consistency(self, result, members, merged_tensors=merged)
+
+    def _layers(self, layers: Sequence[Layer], model: nn.Module) -> tuple[Layer, ...]:
+        split = self.scoring == "notebook"
+        return notebook.split_norms(layers, model) if split else tuple(layers)
+
+    def _check_names(self, names: Sequence[str], modelpool: BaseModelPool) -> None:
         """Check that the layers named in ``rank_by`` are there and can be merged."""
-        layers = {layer.name: layer for layer in self._layers(model)}
-        heads_of = [head_names(model, modelpool.architecture(name)) for name in modelpool]
-        head = {key for keys in heads_of for key in keys}
+        model = modelpool.architecture(PRETRAINED)
+        layers = {layer.name: layer for layer in self._layers(layers_of(model, modelpool), model)}
+        plan = plan_heads(modelpool, self.head)
         for name in names:
             if name not in layers:
                 raise UserError(
                     f"rank_by: the network has no layer '{name}'{suggestion(name, layers)}"
                 )
-            if head & set(layers[name].tensors):
+            if not plan.head_is_a_layer and set(modelpool.head.tensors) & set(layers[name].tensors):
                 raise UserError(
-                    f"rank_by: '{name}' is the head, whose shape differs between the members; it "
-                    f"is no layer to merge (see the option 'head')"
+                    f"rank_by: '{name}' is the head, and the members' heads stand for different "
+                    f"classes; it is no layer to merge (see the option 'head')"
                 )
-
-    def _score(
-        self, model: nn.Module, base: Mapping[str, Tensor], experts: Mapping[str, TensorSource]
-    ) -> list[LayerRecord]:
-        records = []
-        layers = self._layers(model)
-        for layer in tqdm(layers, desc="Scoring layers", unit="layer", disable=self._no_bar):
-            record = LayerRecord(layer, tuple(base[layer.weight].shape))
-            record.is_head = any(
-                source.info(key).shape != tuple(base[key].shape)
-                for source in experts.values()
-                for key in layer.tensors
-                if base[key].is_floating_point()
-            )
-            for name, member in {PRETRAINED: base, **experts}.items():
-                record.snr[name] = self._score_weight(member[layer.weight], record)
-            if not record.is_head:
-                self._compare(record, model, base, experts)
-            record.weights = self._weights(record)
-            records.append(record)
-        return records
-
-    def _score_weight(self, weight: Tensor, record: LayerRecord) -> Any:
-        weight = weight.to(self.fabric.device)
-        if self.scoring == "notebook":
-            return notebook.score(weight)
-        matrix = scores.weight_matrix(weight, record.layer)
-        return self._snr(matrix, groups=record.layer.groups)
-
-    def _compare(
-        self,
-        record: LayerRecord,
-        model: nn.Module,
-        base: Mapping[str, Tensor],
-        experts: Mapping[str, TensorSource],
-    ) -> None:
-        """Compare the experts' changes to one layer: direction, size, and SNR if ranked by it."""
-        keys = _parameters(record, model)
-        vectors = [
-            torch.cat([member[key].to(self.fabric.device, torch.float64).flatten() for key in keys])
-            for member in (base, *experts.values())
-        ]
-        record.similarity, record.relative_change = scores.change_statistics(
-            vectors[0], vectors[1:]
-        )
-        if self.rank_by == "task_vector":
-            key = record.layer.weight
-            found = [
-                self._score_weight(source[key].double() - base[key].double(), record).snr
-                for source in experts.values()
-            ]
-            record.task_vector_snr = sum(found) / len(found)
 
     def _weights(self, record: LayerRecord) -> dict[str, float]:
         if self.weighting == "snr":
             return scores.shares({name: record.snr[name].snr for name in self._experts})
-        if self.weighting == "equal":
-            return scores.shares(dict.fromkeys(self._experts, 1.0))
-        return self._given_weights(self._experts)
-
-    def _given_weights(self, experts: Sequence[str]) -> dict[str, float]:
-        given = self.weighting
-        assert not isinstance(given, str)
-        if not isinstance(given, Mapping):
-            if len(given) != len(experts):
-                raise UserError(
-                    f"weighting: {len(given)} numbers for {len(experts)} experts "
-                    f"({', '.join(experts)}); give one for each"
-                )
-            given = dict(zip(experts, given, strict=True))
-        if set(given) != set(experts):
-            raise UserError(
-                f"weighting names {', '.join(given)}; the experts are {', '.join(experts)}"
-            )
-        numbers = all(isinstance(w, Real) and 0 <= w < math.inf for w in given.values())
-        if not numbers or not sum(given.values()) > 0:
-            raise UserError(f"weighting: {dict(given)} are no shares; give numbers of 0 or more")
-        return scores.shares({name: float(given[name]) for name in experts})
+        shares = self.shares(self._experts)
+        return dict(zip(self._experts, shares, strict=True))
 
     def _select(self) -> None:
         if not isinstance(self.rank_by, str):
@@ -365,119 +273,28 @@ class SNRSelectiveMerge(BaseAlgorithm):
         else:
             scores.select_top(self._records, self.top_p)
 
-    def _merge(
-        self, model: nn.Module, base: Mapping[str, Tensor], experts: Mapping[str, TensorSource]
-    ) -> dict[str, Tensor]:
-        """Return the base's state with the selected layers' parameters merged."""
-        merged = dict(base)
-        for record in self._records:
-            if record.selected:
-                for key in _parameters(record, model):
-                    tensors = [working(source[key]) for source in experts.values()]
-                    value = self._interpolate(base[key], tensors, list(record.weights.values()))
-                    merged[key] = value.to(base[key].dtype)
-        return merged
 
-    def _merge_statistics(
-        self, model: nn.Module, base: Mapping[str, Tensor], experts: Mapping[str, TensorSource]
-    ) -> dict[str, Tensor]:
-        """Return the mixture's running statistics in the selected layers."""
-        merged: dict[str, Tensor] = {}
-        for record in self._records:
-            if record.selected:
-                for keys in bn.statistics_keys(model, record.layer.norms):
-                    members, weights = list(experts.values()), list(record.weights.values())
-                    merged |= bn.merged_statistics(base, keys, members, weights)
-        return merged
+def _rule(interpolation: str, scoring: str, density: float | None, scale: float | None) -> Rule:
+    """Return the rule that the options name.
 
-    def _interpolate(self, base: Tensor, tensors: list[Tensor], weights: list[float]) -> Tensor:
-        if self.interpolation == "lerp":
-            return weighted_mean(tensors, weights)
-        if self.interpolation == "slerp":
-            return spherical_mean(tensors, weights)
-        density = notebook.TIES_DENSITY if self.scoring == "notebook" else self.density
-        return ties(base, tensors, weights, density=density, scale=self.scale)
-
-    def _treat_batch_norm(
-        self,
-        treatment: str,
-        result: nn.Module,
-        base: nn.Module,
-        statistics: Mapping[str, Tensor],
-        modelpool: BaseModelPool,
-    ) -> None:
-        """Treat the result's running statistics; the base treated alike is the control."""
-        recalibrate = partial(
-            bn.recalibrate,
-            modelpool=modelpool,
-            fabric=self.fabric,
-            images=self.calibration_images,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
-        if treatment == "recalibrate":
-            recalibrate(result)
-            self.references[f"{PRETRAINED}, batch norm recalibrated"] = partial(recalibrate, base)
-        elif treatment == "merge":
-            base.load_state_dict({**base.state_dict(), **statistics})
-            self.references[f"{PRETRAINED}, batch norm merged"] = lambda: base
-        else:
-            self.references[PRETRAINED] = lambda: base
-
-    def _tell(self, treatment: str) -> None:
-        head = [key for r in self._records if r.is_head for key in r.layer.tensors]
-        candidates = sum(not record.is_head for record in self._records)
-        chosen = self.selected_layers
-        log.info(
-            "Merged %d of %d layers by %s: %s",
-            len(chosen),
-            candidates,
-            self.interpolation,
-            _some(chosen) or "none",
-        )
-        if head:
-            log.info("Head, %s: %s", _HEAD_WORDS[self.head], ", ".join(head))
-        log.info("Batch norm: %s", treatment)
-        self.report.update(
-            selected_layers=chosen,
-            candidate_layers=candidates,
-            head_tensors=head,
-            head=self.head,
-            batch_norm=treatment,
-            weights={r.layer.name: r.weights for r in self._records if r.selected},
-        )
-        if self.output_path is not None and self.fabric.is_global_zero:
-            from fusion.figures.layers import layer_snr_figure
-            from fusion.figures.style import save_figure
-
-            table = self.layer_table
-            write_text(self.output_path / "layers.csv", table.to_csv(index=False))
-            if self.plot:
-                save_figure(layer_snr_figure(table), self.output_path, "layers")
-
-    @property
-    def _no_bar(self) -> bool | None:
-        """Tell tqdm: None means no bar without a terminal."""
-        return None if self.progress is None else not self.progress
-
-    @property
-    def _batch_norm(self) -> str:
-        """The treatment asked for; the notebook left the base's buffers alone."""
-        unsaid = self.batch_norm == "auto" and self.scoring == "notebook"
-        return "pretrained" if unsaid else self.batch_norm
-
-
-def _parameters(record: LayerRecord, model: nn.Module) -> list[str]:
-    """Return the layer's floating tensors but for batch norm's running statistics."""
-    statistics = {key for keys in bn.statistics_keys(model, record.layer.norms) for key in keys}
-    state = model.state_dict()
-    return [
-        key
-        for key in record.layer.tensors
-        if key not in statistics and state[key].is_floating_point()
-    ]
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    Raises:
+        UserError: an option that this rule does not have.
+    """
+    without_options = interpolation != "ties" or scoring == "notebook"
+    for option, value in (("density", density), ("scale", scale)):
+        if without_options and value is not None:
+            raise UserError(
+                f"{option} is an option of interpolation=ties with scoring=calibrated, and was "
+                f"given with interpolation={interpolation}, scoring={scoring}; leave it out"
+            )
+    if interpolation == "lerp":
+        return Mean()
+    if interpolation == "slerp":
+        return Slerp()
+    if scoring == "notebook":
+        return notebook.NotebookTies()
+    return Ties(
+        density=0.2 if density is None else density,
+        scale=1.0 if scale is None else scale,
+        scope="tensor",
+    )

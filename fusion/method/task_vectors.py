@@ -17,7 +17,7 @@ from fusion.errors import UserError
 from fusion.files import require_writable_folder
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
-from fusion.weights import ModuleSource, TensorInfo, TensorSource, trainable_state_dict
+from fusion.weights import ModuleSource, TensorInfo, TensorSource, tensors_of, trainable_state_dict
 from fusion.weights.positions import draw_positions
 from fusion.weights.task_vectors import TaskVectorSums, sample_task_vectors, sum_task_vectors
 
@@ -130,7 +130,7 @@ class TaskVectorAnalysis(BaseAlgorithm):
         if not len(modelpool):
             raise UserError("the pool has no experts, so there are no task vectors; add a model")
         names = [PRETRAINED, *modelpool.model_names]
-        faults = [line for name in names for line in modelpool.member(name).check(name, modelpool)]
+        faults = [line for name in names for line in modelpool.entry(name).check()]
         if faults:
             raise UserError("; ".join(faults))
         compared_tensors(modelpool, trainable_only=self.trainable_only)
@@ -271,7 +271,7 @@ def compared_tensors(modelpool: BaseModelPool, *, trainable_only: bool) -> Compa
 
     infos: dict[str, TensorInfo] = {}
     left_out: dict[str, str] = {}
-    for name in architecture.state_dict():
+    for name in tensors_of(architecture):
         info = base.info(name)
         misfit = _misfit(name, info, members)
         if name not in once:
@@ -313,7 +313,7 @@ def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 def _stored(modelpool: BaseModelPool, name: str) -> TensorSource:
     """Return something that knows a member's shapes, without its weights where possible."""
-    return modelpool.member(name).stored() or ModuleSource(modelpool.architecture(name))
+    return modelpool.entry(name).stored() or ModuleSource(modelpool.architecture(name))
 
 
 def _misfit(name: str, info: TensorInfo, members: Mapping[str, TensorSource]) -> str | None:

@@ -1,24 +1,29 @@
-"""A pool: one pretrained network, the experts fine-tuned from it, and their data."""
+"""A pool: one pretrained network, the experts fine-tuned from it, their classes and their data."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.utils.data import ConcatDataset
+from torch import Tensor, nn
 
-from fusion.data import ImageTensors, concat
-from fusion.errors import UserError, suggestion
-from fusion.modelpool.fingerprint import canonical
-from fusion.modelpool.member import Member, ModuleMember, as_member
-from fusion.modelpool.preflight import check_finite, check_pool
-from fusion.target import build, is_target
-from fusion.weights import TensorSource, save_safetensors
+from fusion.data import Preprocessing, label_space
+from fusion.data.shared import load_dataset
+from fusion.errors import UserError, check_choice, suggestion
+from fusion.labels import LabelSpace
+from fusion.modelpool.member import Entry, Member, ModuleMember, as_member
+from fusion.modelpool.network_file import save_network
+from fusion.modelpool.preflight import check_alike, check_entries, check_finite, raise_all
+from fusion.modelpool.soundness import require_sound, unwrapped
+from fusion.models import Head, find_head
+from fusion.models.forward_pass import is_traceable
+from fusion.target import is_target
+from fusion.weights import TensorSource, tensors_of
 
 PRETRAINED = "_pretrained_"
+SPLITS = ("train", "val", "test")
 
 
 class BaseModelPool:
@@ -29,10 +34,15 @@ class BaseModelPool:
             zero-argument callable that returns a module, a ``Checkpoint`` or a ``TrainedModel``.
             ``_pretrained_`` is the base; every other name like ``_x_`` is special: kept, but not
             an expert. A list of members gets the names ``"0"``, ``"1"``, …
-        train_datasets, val_datasets, test_datasets: name → dataset, or a mapping with
-            ``_target_`` that builds one when it is asked for.
-        classes: name → the original labels that a model's outputs stand for, for members that
-            cannot know it themselves.
+        train_datasets, val_datasets, test_datasets: name of a member → its data set, or a mapping
+            with ``_target_`` that builds one when it is asked for. ``_pretrained_`` is the default
+            for members without an entry.
+        classes: name → names of the classes (or their original labels) that a member's outputs
+            stand for, for members that cannot know it themselves.
+        tasks: name of an expert → name of its task, where that is not the expert's own name.
+            Several experts may share one task.
+        head: modules or tensors that make up the head of the members' architecture; by default
+            the last layer of each output, found from the graph.
     """
 
     def __init__(
@@ -42,23 +52,34 @@ class BaseModelPool:
         train_datasets: Mapping[str, Any] | None = None,
         val_datasets: Mapping[str, Any] | None = None,
         test_datasets: Mapping[str, Any] | None = None,
-        classes: Mapping[str, Sequence[int]] | None = None,
+        classes: Mapping[str, Sequence[int | str]] | None = None,
+        tasks: Mapping[str, str] | None = None,
+        head: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(models, Mapping):
             models = {str(index): model for index, model in enumerate(models)}
         self._members: dict[str, Member] = {}
+        self._entries: dict[str, Entry] = {}
+        self._labels: dict[str, LabelSpace | None] = {}
+        self._finite: set[str] = set()
         self._checked = False
+        self._named_head = None if head is None else tuple(head)
+        self._tasks = dict(tasks or {})
+        self._classes = {
+            name: LabelSpace.of(list(given)) for name, given in (classes or {}).items()
+        }
+        for name, model in models.items():
+            self.add_model(name, model)
         self._datasets = {
             "train": dict(train_datasets or {}),
             "val": dict(val_datasets or {}),
             "test": dict(test_datasets or {}),
         }
-        for name, model in models.items():
-            self.add_model(name, model)
-        self._classes = {name: tuple(labels) for name, labels in (classes or {}).items()}
-        for name in self._classes:
-            if name not in self._members:
-                raise UserError(f"classes: {self._unknown(name)}")
+        given = {f"{split}_datasets": self._datasets[split] for split in SPLITS}
+        for option, names in {**given, "classes": self._classes, "tasks": self._tasks}.items():
+            for name in names:
+                if name not in self._members and name != PRETRAINED:
+                    raise UserError(f"{option}: {self._unknown(name)}")
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -87,26 +108,28 @@ class BaseModelPool:
         return len(self.model_names)
 
     def __bool__(self) -> bool:
-        """Return whether there is any member at all; a pool of only a base is not nothing."""
+        """Return whether there is any member at all, so that a pool of only a base is true."""
         return bool(self._members)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._members
+        """Return whether there is an expert called ``name``."""
+        return name in self.model_names
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the experts."""
         return iter(self.model_names)
 
     # -- models --------------------------------------------------------------------------------
 
-    def member(self, name: str) -> Member:
+    def entry(self, name: str) -> Entry:
         """Return the member called ``name`` as it waits in the pool, not yet a network.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it starts from a member that is not there.
         """
-        if name not in self._members:
-            raise UserError(self._unknown(name))
-        return self._members[name]
+        if name not in self._entries:
+            self._entries[name] = self._resolved(name, ())
+        return self._entries[name]
 
     def load_model(self, name: str) -> nn.Module:
         """Return the network called ``name``: a new object at every call, safe to change.
@@ -114,10 +137,9 @@ class BaseModelPool:
         Raises:
             UserError: there is none, it cannot be built, or a weight of it is not finite.
         """
-        member = self.member(name)
-        model = member.build()
-        if member.stored() is None:  # what is stored was looked at by the preflight
-            check_finite(name, model.state_dict())
+        model = unwrapped(self.entry(name).build())
+        require_sound(name, model)
+        self._require_finite(name, tensors_of(model))
         return model
 
     def load_pretrained_model(self) -> nn.Module:
@@ -174,83 +196,163 @@ class BaseModelPool:
         if name in self._members:
             raise UserError(f"the pool already has a model '{name}'; choose another name")
         self._members[name] = as_member(name, model)
-        self._members[name].joined(name, self)
+        self._entries.clear()  # an entry names its parent, which may have been missing
         self._checked = False
 
     def save_model(
-        self, model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None
+        self,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        labels: LabelSpace | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write ``model``'s weights to ``path`` as safetensors, whole or not at all.
+        """Write a network made from this pool to ``path`` as safetensors, whole or not at all.
 
         The base's architecture goes into the metadata where the pool knows it, so that
         ``Checkpoint(path)`` finds everything in the one file.
+
+        Args:
+            model: the network, of the members' architecture up to the head.
+            path: the file.
+            labels: the classes of its outputs.
+            metadata: further strings to keep.
         """
-        written = dict(metadata or {})
-        if self and "architecture" not in written:
-            name = self.pretrained_or_first_name
-            spec = self.member(name).architecture_spec
-            if spec is not None and self._fits(name, model):
-                written["architecture"] = json.dumps(canonical(spec))
-                labels = self.classes(name)
-                if labels is not None:
-                    written["classes"] = json.dumps(labels)
-        save_safetensors(path, model.state_dict(), written)
+        spec = None
+        if self:
+            spec = self.entry(self.pretrained_or_first_name).member.architecture_spec
+        head = self.head.tensors if spec is not None else ()
+        save_network(path, model, architecture=spec, head=head, labels=labels, metadata=metadata)
 
     def tensors(self, name: str) -> TensorSource:
-        """Return a member's weights tensor by tensor, without building it where possible."""
-        return self.member(name).tensors()
+        """Return a member's weights tensor by tensor, without building it where possible.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        source = self.entry(name).tensors()
+        self._require_finite(name, source)
+        return source
 
     def architecture(self, name: str) -> nn.Module:
         """Return a member's structure on the meta device, without weights."""
-        return self.member(name).architecture()
+        return self.entry(name).architecture()
 
-    def classes(self, name: str) -> tuple[int, ...] | None:
-        """Return the original labels of a member's outputs, or None when nobody said."""
-        return self._classes.get(name, self.member(name).classes)
+    # -- heads, classes, tasks -----------------------------------------------------------------
+
+    @cached_property
+    def head(self) -> Head:
+        """The tensors of the members' architecture that belong to one task alone."""
+        name = self.pretrained_or_first_name
+        bare = self.architecture(name)
+        if self._named_head is not None or is_traceable(bare.eval()):
+            return find_head(bare, named=self._named_head)
+        return find_head(self.load_model(name), self.example_input())
+
+    def labels(self, name: str) -> LabelSpace | None:
+        """Return the classes of a member's outputs, or ``None`` where nobody knows them.
+
+        Known are those given as ``classes``, those of the member itself (a recipe's data, a file's
+        metadata), and those of its own data set where it has an entry.
+        """
+        if name not in self._labels:
+            space = self.entry(name).labels()
+            for split in SPLITS:
+                if space is None and name in self._datasets[split]:
+                    space = label_space(self.dataset(name, split))
+            task = self._tasks.get(name)
+            self._labels[name] = space if space is None or task is None else space.for_task(task)
+        return self._labels[name]
+
+    def task(self, name: str) -> str:
+        """Return the task of an expert: its own name, unless the pool says otherwise."""
+        return self._tasks.get(name, name)
+
+    def named_task(self, name: str) -> str | None:
+        """Return the task that the pool's user gave to a member, or ``None`` if none was given."""
+        return self._tasks.get(name)
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """The tasks of the experts, in their order: task → its experts."""
+        found: dict[str, list[str]] = {}
+        for name in self.model_names:
+            found.setdefault(self.task(name), []).append(name)
+        return found
 
     # -- data ----------------------------------------------------------------------------------
 
     @property
-    def train_dataset_names(self) -> list[str]:
-        """The names under which there is training data."""
-        return list(self._datasets["train"])
+    def preprocessing(self) -> Preprocessing | None:
+        """What the base's weights expect of images; data that does not say otherwise follows."""
+        return self.entry(self.pretrained_or_first_name).preprocessing if self else None
 
-    @property
-    def val_dataset_names(self) -> list[str]:
-        """The names under which there is validation data."""
-        return list(self._datasets["val"])
+    def has_data(self, split: str = "train", name: str | None = None) -> bool:
+        """Return whether there is data of a split: of the member ``name``, or of every expert."""
+        datasets = self._datasets[split]
+        names = [name] if name is not None else self.model_names or self.all_model_names
+        return PRETRAINED in datasets or all(wanted in datasets for wanted in names)
 
-    @property
-    def test_dataset_names(self) -> list[str]:
-        """The names under which there is test data."""
-        return list(self._datasets["test"])
+    def dataset(self, name: str, split: str = "train") -> Any:
+        """Return the data of the member ``name``, built at the first call.
+
+        A member without an entry has the data of ``_pretrained_``.
+
+        Raises:
+            UserError: there is neither, or no such split.
+        """
+        check_choice("split", split, SPLITS)
+        datasets = self._datasets[split]
+        owner = name if name in datasets else PRETRAINED
+        if owner not in datasets:
+            raise UserError(
+                f"the pool has no {split} data of '{name}'{suggestion(name, datasets)} (it has "
+                f"{', '.join(datasets) or 'none'}); add it to {split}_datasets, or "
+                f"'{PRETRAINED}' for all members"
+            )
+        if is_target(datasets[owner]):
+            datasets[owner] = load_dataset(datasets[owner], self.preprocessing)
+        return datasets[owner]
 
     def load_train_dataset(self, name: str) -> Any:
-        """Return the training data called ``name``, built at the first call."""
-        return self._dataset("train", name)
+        """Return the training data of the member ``name``, built at the first call."""
+        return self.dataset(name, "train")
 
     def load_val_dataset(self, name: str) -> Any:
-        """Return the validation data called ``name``, built at the first call."""
-        return self._dataset("val", name)
+        """Return the validation data of the member ``name``, built at the first call."""
+        return self.dataset(name, "val")
 
     def load_test_dataset(self, name: str) -> Any:
-        """Return the test data called ``name``, built at the first call."""
-        return self._dataset("test", name)
+        """Return the test data of the member ``name``, built at the first call."""
+        return self.dataset(name, "test")
 
-    def calibration_dataset(self) -> Any | None:
-        """Return the training data on which a merged model may be calibrated, or None.
+    def images(self, names: Sequence[str] | None = None, split: str = "train") -> Any:
+        """Return the data of several members, to draw unlabelled images from.
 
-        It is the base's where the pool has it, else that of all experts together.
+        Args:
+            names: of the members; all experts by default (the base where there is no expert).
+            split: ``train``, ``val`` or ``test``.
+
+        Returns:
+            one data set where all share it, else a mapping from names to data sets, of which
+            functions such as :func:`fusion.training.recalibrate_batch_norm` draw equally many.
+
+        Raises:
+            UserError: a member has no data.
         """
-        names = self.train_dataset_names
-        if PRETRAINED in names:
-            return self.load_train_dataset(PRETRAINED)
-        if not names:
-            return None
-        parts = [self.load_train_dataset(name) for name in names]
-        if all(isinstance(part, ImageTensors) for part in parts):
-            return concat(parts)
-        return ConcatDataset(parts)
+        names = list(names or self.model_names or self.all_model_names)
+        found = {name: self.dataset(name, split) for name in names}
+        distinct = {id(dataset): name for name, dataset in reversed(found.items())}
+        kept = {name: found[name] for name in found if name in distinct.values()}
+        return next(iter(kept.values())) if len(kept) == 1 else kept
+
+    def example_input(self) -> Tensor | None:
+        """Return the first image of the pool's data, (1, C, H, W), or ``None`` without any."""
+        for split in SPLITS:
+            for name in self._datasets[split]:
+                image = self.dataset(name, split)[0][0]
+                return image[None] if isinstance(image, Tensor) else None
+        return None
 
     # -- checks --------------------------------------------------------------------------------
 
@@ -259,36 +361,59 @@ class BaseModelPool:
 
         Names, files, architectures, keys, shapes and kinds of dtype against the base (the first
         model where there is no base) and, where weights can be read without building a network,
-        that they are finite. A head whose shape differs is not an error. The answer is remembered
-        until a model is added.
+        that they are finite. Heads may differ in shape. The answer is remembered until a model is
+        added.
 
         Raises:
             UserError: names every offending model and tensor.
         """
-        if not self._checked:
-            check_pool(self)
-            self._checked = True
+        if self._checked:
+            return
+        reference = self.pretrained_or_first_name
+        entries = {name: self.entry(name) for name in self.all_model_names}
+        alone = {name: check_entries({name: entry}) for name, entry in entries.items()}
+        lines = [line for found in alone.values() for line in found]
+        whole = [n for n in dict.fromkeys((reference, *self.model_names)) if not alone[n]]
+        if not alone[reference]:
+            lines += check_alike(entries, reference, whole, self.head)
+        stored = {name: entries[name].stored() for name in whole}
+        lines += check_finite({n: source for n, source in stored.items() if source is not None})
+        raise_all(lines)
+        self._finite |= {name for name, source in stored.items() if source is not None}
+        self._checked = True
 
-    def _dataset(self, split: str, name: str) -> Any:
-        datasets = self._datasets[split]
-        if name not in datasets:
-            raise UserError(
-                f"the pool has no {split} data named '{name}'{suggestion(name, datasets)} "
-                f"(it has {', '.join(datasets) or 'none'})"
-            )
-        if is_target(datasets[name]):
-            datasets[name] = build(datasets[name])
-        return datasets[name]
+    def _resolved(self, name: str, children: tuple[str, ...]) -> Entry:
+        if name not in self._members:
+            raise UserError(self._unknown(name))
+        member = self._members[name]
+        start = member.init_from
+        parent = None
+        if start is not None:
+            path = [*children, name]
+            if start in path:
+                raise UserError(
+                    f"model '{path[0]}': init_from goes in a circle, {' → '.join([*path, start])}"
+                )
+            if start not in self._members:
+                raise UserError(
+                    f"model '{name}': init_from names '{start}', which the pool lacks"
+                    f"{suggestion(start, self._members)}"
+                )
+            parent = self._entries.get(start) or self._resolved(start, (*children, name))
+            self._entries[start] = parent
+        return Entry(name, member, parent, self._named_head, self._classes.get(name))
+
+    def _require_finite(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if name not in self._finite:
+            raise_all(check_finite({name: tensors}))
+            if self.entry(name).stored() is not None:
+                self._finite.add(name)
 
     def _unknown(self, name: str) -> str:
         return (
             f"the pool has no model '{name}'{suggestion(name, self._members)} "
             f"(it has {', '.join(self._members) or 'none'})"
         )
-
-    def _fits(self, name: str, model: nn.Module) -> bool:
-        expected = {k: t.shape for k, t in self.architecture(name).state_dict().items()}
-        return expected == {k: t.shape for k, t in model.state_dict().items()}
 
 
 def as_modelpool(models: object) -> BaseModelPool:

@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
+from fusion.modelpool.bare import without_pretrained_weights
+from fusion.modelpool.bounded import bounded, bounds_of_file
+from fusion.modelpool.hub import hub_file
 from fusion.modelpool.member import (
     Architecture,
+    Entry,
     Member,
     WithoutRandomValues,
     build_architecture,
     on_meta,
 )
-from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, read_metadata
+from fusion.modelpool.opening import (
+    fill,
+    infos,
+    is_safetensors,
+    open_fitting,
+    open_sources,
+    require_file,
+)
+from fusion.modelpool.several_heads import assemble_tasks
+from fusion.modelpool.trusted import require_registered
+from fusion.modelpool.written import (
+    written_architecture,
+    written_head,
+    written_labels,
+    written_tasks,
+)
+from fusion.models import resize_head
+from fusion.weights import SafetensorsSource, TensorInfo, TensorSource
 
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
-
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_PIECE = 1 << 20  # elements read at a time
+log = logging.getLogger(__name__)
 
 
 class Checkpoint(Member):
     """Weights in a file and the architecture that they fill, key for key.
 
+    Wrappers around the weights are taken off where what lies inside fits the architecture exactly:
+    entries of a pickled file (``{"epoch": 3, "state_dict": …}``) and beginnings of names
+    (``module.``, ``_orig_mod.``, ``model.`` of Lightning). The log says which.
+
     Args:
-        path: a ``.safetensors`` file, or a ``.pt``/``.pth`` file, which is read with
-            ``weights_only=True``: no code in it is ever run.
-        architecture: a mapping with ``_target_``, a zero-argument callable or a module. A file
-            that this package wrote knows its own architecture; then it may be left out.
-        key: the entry of a pickled file that holds the state dict, as in
-            ``{"epoch": 3, "state_dict": …}``; ``None`` when the file is the state dict.
-        classes: the original labels of the network's outputs, in their order. Left out, they are
-            read from the file where this package wrote them.
+        path: a ``.safetensors`` file, or a file of ``torch.save`` (``.pt``, ``.pth``, ``.bin``,
+            ``.ckpt``, ``.pth.tar``), which is read with ``weights_only=True``: no code in it is
+            ever run. ``hf://org/name/file`` is a file on the Hugging Face hub, ``hf://org/name``
+            the weights of that repository.
+        architecture: a mapping with ``_target_``, a zero-argument callable or a module. Weights
+            that torchvision or timm would fetch for it are not. A file that this package wrote
+            names its architecture, and so does a repository of timm on the hub; left out, that is
+            built if it is on the list of :mod:`fusion.modelpool.trusted`.
+        key: where a file holds several state dicts that fit, the one to take: the dotted path of
+            an entry, of the beginning of names in it, or of both (``"state_dict.ema_model"``); an
+            empty string for the file itself.
+        classes: names (or original labels) of the classes of the network's outputs, in their
+            order. Left out, they are read from the file where this package wrote them.
+        trusted: import paths of further constructors, such as ``"mine.Net"``, that the file may
+            name as its architecture. Nothing else that a file says is ever imported or called.
+        revision: on the hub, the branch, tag or commit; None is the main branch.
+        offline: on the hub, whether only what was fetched before is used; None leaves that to the
+            environment (``HF_HUB_OFFLINE``).
     """
 
     def __init__(
@@ -48,143 +80,161 @@ class Checkpoint(Member):
         architecture: Architecture | None = None,
         *,
         key: str | None = None,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
+        trusted: Sequence[str] = (),
+        revision: str | None = None,
+        offline: bool | None = None,
     ) -> None:
         if not path:
             raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
-        self.path = Path(path).expanduser()
+        self._given_path = path
+        self._hub = hub_file(path, revision=revision, offline=offline)
         self._architecture = architecture
         self._key = key
-        self._classes = None if classes is None else tuple(classes)
+        self._classes = None if classes is None else LabelSpace.of(classes)
+        if isinstance(trusted, str) or not all(isinstance(target, str) for target in trusted):
+            raise UserError(f"trusted is {trusted!r}; give a list of import paths, [mine.Net]")
+        self._trusted = tuple(trusted)
+        self._told = False  # once is enough: a run opens a file several times
 
-    @property
-    def classes(self) -> tuple[int, ...] | None:  # type: ignore[override]
-        """The original labels of the outputs, as given or as the file says."""
-        if self._classes is None and self._is_safetensors and self.path.is_file():
-            written = read_metadata(self.path).get("classes")
-            return None if written is None else tuple(json.loads(written))
+    @cached_property
+    def path(self) -> Path:
+        """The file; one on the hub is fetched into its cache when it is first asked for."""
+        return self._hub.fetch() if self._hub else Path(self._given_path).expanduser()
+
+    def labels(self, entry: Entry | None = None) -> LabelSpace | None:
+        """Return the classes of the outputs, as given or as the file says."""
+        del entry
+        if self._classes is None and is_safetensors(self.path) and self.path.is_file():
+            return written_labels(self.path)
         return self._classes
 
     @property
     def architecture_spec(self) -> Mapping[str, Any] | None:  # type: ignore[override]
-        """The mapping that builds the architecture, as given or as the file says."""
+        """The mapping that builds the bare architecture, as given or as the file says."""
         given = self._given_architecture()
-        return given if isinstance(given, Mapping) else None
+        return without_pretrained_weights(given) if isinstance(given, Mapping) else None
 
-    @property
-    def _is_safetensors(self) -> bool:
-        return self.path.suffix == ".safetensors"
-
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the architecture filled with the file's weights, strictly.
 
         Raises:
             UserError: the file is missing or unreadable, or its keys or shapes do not fit.
         """
+        del entry
+        if self._architecture is None:
+            self.stored()  # nothing is allocated for what the file cannot fill
         with WithoutRandomValues():
-            model = build_architecture(self._known_architecture())
-        if _fill(model, self.stored()):
-            return model
-        try:
-            model.load_state_dict(self._read())
-        except RuntimeError as error:
-            raise UserError(f"checkpoint '{self.path}': {error}") from error
+            model = self._made(build_architecture)
+        if (tasks := self._tasks) is not None:
+            return assemble_tasks(self.path, model, SafetensorsSource(self.path), tasks)
+        fill(model, self._opened(infos(model)))
         return model
 
     def architecture(self) -> nn.Module:
         """Return the architecture on the meta device."""
-        return on_meta(self._known_architecture())
+        bare = self._made(on_meta)
+        if (tasks := self._tasks) is not None:
+            source = SafetensorsSource(self.path)
+            known = {key: source.info(key) for key in source}
+            shapes = {
+                key: torch.empty(info.shape, dtype=info.dtype, device="meta")
+                for key, info in known.items()
+            }
+            return assemble_tasks(self.path, bare, shapes, tasks)
+        return bare
 
-    def stored(self) -> TensorSource | None:
-        """Return the file's tensors, each read when asked for; None for a pickled file."""
-        return SafetensorsSource(self.path) if self._is_safetensors else None
+    def stored(self, entry: Entry | None = None) -> TensorSource:
+        """Return the architecture's tensors in the file, each read when asked for.
 
-    def check(self, name: str, pool: BaseModelPool) -> list[str]:
+        Of a file with several heads these are the file's, under the names that they have there.
+        """
+        del entry
+        if self._tasks is not None:
+            self.architecture()  # whether they fit
+            return SafetensorsSource(self.path)
+        return self._opened(self._expected)
+
+    def check(self, entry: Entry) -> list[str]:
         """Return whether the file is there, readable, and fits the architecture."""
-        del pool
         try:
-            expected = {key: tuple(t.shape) for key, t in self.architecture().state_dict().items()}
-            source = self.stored()
-            if source is None:
-                found = {key: tuple(t.shape) for key, t in self._read().items()}
-            else:
-                found = {key: source.info(key).shape for key in source}
+            self.stored()
         except UserError as error:
-            return [f"model '{name}': {error}"]
-        # A file from before torch 0.4.1 has no counters of batch norm; loading starts them at 0.
-        counters = {key for key in expected if key.endswith(".num_batches_tracked")}
-        wrong = [f"lacks {key}" for key in expected if key not in found and key not in counters]
-        wrong += [f"has {key}, unknown to the architecture" for key in found if key not in expected]
-        wrong += [
-            f"{key} is {found[key]}, the architecture has {shape}"
-            for key, shape in expected.items()
-            if key in found and found[key] != shape
-        ]
-        return [f"model '{name}': checkpoint '{self.path}' {what}" for what in wrong]
+            return [f"model '{entry.name}': {error}"]
+        return []
+
+    @cached_property
+    def _expected(self) -> Mapping[str, TensorInfo]:
+        return infos(self.architecture())
+
+    @property
+    def _tasks(self) -> Mapping[str, LabelSpace | None] | None:
+        """The tasks of a file with several heads; ``None`` for one of one network."""
+        ours = is_safetensors(self.path) and self.path.is_file()
+        return written_tasks(self.path) if ours else None
+
+    def _opened(self, expected: Mapping[str, TensorInfo]) -> TensorSource:
+        opened = open_fitting(self.path, expected, key=self._key)
+        if not self._told and (told := opened.fit.told()):
+            log.info("%s: %s", self._given_path, told)
+        self._told = True
+        return opened.source
+
+    def _made(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
+        """Make the architecture; one that the file names only within bounds."""
+        architecture = self._known_architecture()
+        if self._architecture is None:
+            assert isinstance(architecture, Mapping)
+            require_registered(architecture, path=self.path, trusted=self._trusted)
+            tensors = sum(map(len, open_sources(self.path).values()))
+            bounds = bounds_of_file(tensors, self.path.stat().st_size)
+            with bounded(bounds, path=self.path):
+                model = maker(without_pretrained_weights(architecture))
+            if is_safetensors(self.path):
+                source = SafetensorsSource(self.path)
+                resize_head(
+                    model, {k: source.info(k) for k in written_head(self.path) if k in source}
+                )
+            return model
+        if isinstance(architecture, Mapping):
+            architecture = without_pretrained_weights(architecture)
+        return maker(architecture)
 
     def _given_architecture(self) -> Architecture | None:
-        if self._architecture is None and self._is_safetensors and self.path.is_file():
-            written = read_metadata(self.path).get("architecture")
-            return None if written is None else json.loads(written)
-        return self._architecture
+        if self._architecture is not None or not self.path.is_file():
+            return self._architecture
+        written = None
+        if is_safetensors(self.path):
+            written = written_architecture(self.path, trusted=self._trusted)
+        if written is None and self._hub is not None:
+            size = self.path.stat().st_size
+            return self._hub.timm_architecture(size=size, trusted=self._trusted)
+        return written
 
     def _known_architecture(self) -> Architecture:
-        self._require_file()
+        require_file(self.path)
         architecture = self._given_architecture()
         if architecture is None:
             raise UserError(
-                f"checkpoint '{self.path}' does not say which architecture it fills; "
+                f"checkpoint '{self._given_path}' does not say which architecture it fills; "
                 f"give 'architecture' as a mapping with _target_"
             )
         return architecture
 
-    def _require_file(self) -> None:
-        if not self.path.is_file():
-            raise UserError(f"checkpoint '{self.path}': there is no such file")
-        if not self._is_safetensors and self.path.suffix not in _PICKLED:
-            raise UserError(
-                f"checkpoint '{self.path}': expected a .safetensors file or one of "
-                f"{', '.join(_PICKLED)}"
-            )
 
-    def _read(self) -> dict[str, Tensor]:
-        self._require_file()
-        if self._is_safetensors:
-            return load_safetensors(self.path)
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"checkpoint '{self.path}' cannot be read as plain tensors (weights_only=True); "
-                f"save its state_dict() again, best as .safetensors"
-            ) from error
-        if self._key is not None:
-            if not isinstance(content, Mapping) or self._key not in content:
-                raise UserError(f"checkpoint '{self.path}' has no entry '{self._key}'")
-            content = content[self._key]
-        if not isinstance(content, Mapping) or not all(
-            isinstance(value, Tensor) for value in content.values()
-        ):
-            entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else ""
-            raise UserError(
-                f"checkpoint '{self.path}' is not a state dict (it holds "
-                f"{entries or type(content).__name__}); name the entry that is with 'key'"
-            )
-        return dict(content)
+def load(path: str | Path, architecture: Architecture | None = None) -> nn.Module:
+    """Build the network that a file holds.
 
+    Args:
+        path: a file that this package wrote, or any other that :class:`Checkpoint` takes.
+        architecture: what the weights fill; needed where the file does not name it.
 
-def _fill(model: nn.Module, source: TensorSource | None) -> bool:
-    """Fill ``model`` piece by piece, so that the weights lie in memory once; False if unfit."""
-    state = model.state_dict()
-    if source is None or state.keys() != set(source):
-        return False
-    if any(source.info(key).shape != tensor.shape for key, tensor in state.items()):
-        return False
-    for key, tensor in state.items():
-        if tensor.is_contiguous():
-            flat = tensor.view(-1)
-            for start in range(0, len(flat), _PIECE):
-                flat[start : start + _PIECE].copy_(source.read(key, start, start + _PIECE))
-        else:
-            tensor.copy_(source[key])
-    return True
+    Raises:
+        UserError: the file is missing or unreadable, names no architecture or one that is not
+            trusted, or does not fit.
+
+    Example::
+
+        network = fusion.load("outputs/run/merged.safetensors")
+    """
+    return Checkpoint(path, architecture).build()

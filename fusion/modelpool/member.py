@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fusion.data import Preprocessing, preprocessing_of
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
+from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import digest_tensors
+from fusion.modelpool.soundness import deep_copy, require_sound, unwrapped
+from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate
 from fusion.weights import ModuleSource, TensorSource
-
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
 
 # What fills a tensor with random numbers. Those of torch.nn.init that are not here come down to one
 # of the tensor's own methods.
@@ -35,71 +39,133 @@ Architecture = nn.Module | Mapping[str, Any] | Callable[[], nn.Module]
 
 
 class Member(ABC):
-    """One network of a pool.
+    """One network of a pool: a description that never changes and knows no pool.
+
+    Every method receives the `Entry` under which the member stands in a pool; ``None`` where it
+    is used alone.
 
     Attributes:
-        classes: the original labels that the network's outputs stand for, in the order of the
-            outputs; ``None`` when nobody said.
+        init_from: name of the member of the same pool that this one starts from, if any.
         architecture_spec: the mapping with ``_target_`` that builds the bare architecture, where
             there is one: it travels in the metadata of what is merged from this member.
     """
 
-    classes: tuple[int, ...] | None = None
+    init_from: str | None = None
     architecture_spec: Mapping[str, Any] | None = None
 
     @abstractmethod
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the network with its weights, a new object at every call."""
 
     @abstractmethod
     def architecture(self) -> nn.Module:
         """Return the network's structure on the meta device, without weights."""
 
+    def labels(self, entry: Entry | None = None) -> LabelSpace | None:
+        """Return the classes of the outputs, where the member itself knows them."""
+        del entry
+        return None
+
+    def stored(self, entry: Entry | None = None) -> TensorSource | None:
+        """Return the weights where they can be read without building the network, else None."""
+        del entry
+        return None
+
+    def tensors(self, entry: Entry | None = None) -> TensorSource:
+        """Return the weights, tensor by tensor, building the network only where that is needed."""
+        return self.stored(entry) or ModuleSource(self.build(entry))
+
+    def fingerprint(self, entry: Entry | None = None) -> str:
+        """Return a hash of everything that decides the weights."""
+        return digest_tensors(dict(self.tensors(entry)))
+
+    def check(self, entry: Entry) -> list[str]:
+        """Return what is wrong with this member alone, one sentence each, before any work."""
+        del entry
+        return []
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A member under a name in a pool.
+
+    Attributes:
+        name: the name.
+        member: the member.
+        parent: the entry of the member that this one starts from.
+        head: modules or tensors that the pool's user named as the head; ``None``: found from the
+            network's graph.
+        known: the classes that the pool's user gave for it.
+    """
+
+    name: str
+    member: Member
+    parent: Entry | None = None
+    head: tuple[str, ...] | None = None
+    known: LabelSpace | None = None
+
+    def build(self) -> nn.Module:
+        """Return the network with its weights, a new object at every call."""
+        return self.member.build(self)
+
+    def architecture(self) -> nn.Module:
+        """Return the network's structure on the meta device, without weights."""
+        return self.member.architecture()
+
+    def labels(self) -> LabelSpace | None:
+        """Return the classes of the outputs, as given or as the member itself knows them."""
+        return self.known or self.member.labels(self)
+
     def stored(self) -> TensorSource | None:
         """Return the weights where they can be read without building the network, else None."""
-        return None
+        return self.member.stored(self)
 
     def tensors(self) -> TensorSource:
         """Return the weights, tensor by tensor, building the network only where that is needed."""
-        return self.stored() or ModuleSource(self.build())
+        return self.member.tensors(self)
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of everything that decides the weights."""
-        return digest_tensors(dict(self.tensors()))
+        """A hash of everything that decides the weights, as it was when first asked for."""
+        return self.member.fingerprint(self)
 
-    def joined(self, name: str, pool: BaseModelPool) -> None:
-        """Learn the pool and the name under which this member was put into it."""
+    @cached_property
+    def preprocessing(self) -> Preprocessing | None:
+        """What the weights expect of images, where torchvision or timm say so.
 
-    def check(self, name: str, pool: BaseModelPool) -> list[str]:
-        """Return what is wrong with this member alone, a sentence each, before any work."""
-        del name, pool
-        return []
+        Weights are the member's own, or those that it starts from.
+        """
+        spec = self.member.architecture_spec
+        found = None if spec is None else preprocessing_of(spec)
+        if found is None and self.parent is not None:
+            return self.parent.preprocessing
+        return found
+
+    def check(self) -> list[str]:
+        """Return what is wrong with this member alone, one sentence each, before any work."""
+        return self.member.check(self)
 
 
 class ModuleMember(Member):
     """A network that is already there. What the pool hands out are copies of it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, name: str = "model") -> None:
+        self._module = unwrapped(module)
+        self._name = name
+        require_sound(name, self._module)
 
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return a deep copy: no algorithm can change what the user passed in."""
-        return copy.deepcopy(self._module)
+        del entry
+        return deep_copy(self._name, self._module)
 
     def architecture(self) -> nn.Module:
         """Return a copy on the meta device; the weights themselves are never copied."""
-        memo: dict[int, Any] = {}
-        for tensor in (*self._module.parameters(), *self._module.buffers()):
-            bare = tensor.detach().to("meta")
-            memo[id(tensor)] = (
-                nn.Parameter(bare, requires_grad=tensor.requires_grad)
-                if isinstance(tensor, nn.Parameter)
-                else bare
-            )
-        return copy.deepcopy(self._module, memo)
+        return deep_copy(self._name, self._module, values=False)
 
-    def stored(self) -> TensorSource:
+    def stored(self, entry: Entry | None = None) -> TensorSource:
         """Return the module's own tensors."""
+        del entry
         return ModuleSource(self._module)
 
 
@@ -111,8 +177,9 @@ class FactoryMember(Member):
         if isinstance(factory, Mapping):
             self.architecture_spec = factory
 
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Make the network; a copy of what a callable returns, which may hold on to it."""
+        del entry
         made = build_architecture(self._factory)
         return made if isinstance(self._factory, Mapping) else copy.deepcopy(made)
 
@@ -130,7 +197,7 @@ def as_member(name: str, value: object) -> Member:
     if isinstance(value, Member):
         return value
     if isinstance(value, nn.Module):
-        return ModuleMember(value)
+        return ModuleMember(value, name)
     if isinstance(value, Mapping):
         if not is_target(value):
             raise UserError(
@@ -168,10 +235,9 @@ def build_architecture(architecture: Architecture) -> nn.Module:
 def on_meta(architecture: Architecture) -> nn.Module:
     """Make a network's structure on the meta device, where tensors have shapes but no values."""
     if isinstance(architecture, nn.Module):
-        return ModuleMember(architecture).architecture()
-    if isinstance(architecture, Mapping) and architecture.get("weights") is not None:
-        # torchvision's constructors would fetch and load real weights into a bare structure.
-        architecture = {**architecture, "weights": None}
+        return without_values(architecture)
+    if isinstance(architecture, Mapping):
+        architecture = without_pretrained_weights(architecture)
     try:
         with torch.device("meta"), WithoutRandomValues():
             made = build_architecture(architecture)
@@ -179,7 +245,7 @@ def on_meta(architecture: Architecture) -> nn.Module:
         # Some constructors compute on their fresh weights, which the meta device cannot do.
         made = build_architecture(architecture)
     bare = all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
-    return made if bare else ModuleMember(made).architecture()
+    return made if bare else without_values(made)
 
 
 class WithoutRandomValues(TorchFunctionMode):

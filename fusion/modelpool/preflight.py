@@ -1,106 +1,109 @@
-"""What can be wrong with a pool, found before any work and told at once."""
+"""What can be wrong with a pool, found before any work and reported at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusion.errors import UserError
-from fusion.models import find_layers
-from fusion.weights import TensorSource
-
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
+from fusion.modelpool.member import Entry
+from fusion.models import Head, MultiTaskNetwork
+from fusion.weights import TensorSource, tensors_of
 
 _FINITE = "weights must be finite; leave the model out or repair it"
+_SHOWN = 3  # tensors named in an error before the rest is counted
 
 
-def check_pool(pool: BaseModelPool) -> None:
-    """Check every member alone, then against the base, then for weights that are not finite.
-
-    Raises:
-        UserError: names every offending model and tensor.
-    """
-    reference = pool.pretrained_or_first_name
-    alone = {name: pool.member(name).check(name, pool) for name in pool.all_model_names}
-    whole = [name for name in (reference, *pool.model_names) if not alone[name]]
-    unlike: list[str] = []
-    if not alone[reference]:
-        base = pool.architecture(reference)
-        expected, free = base.state_dict(), head_tensors(base)
-        label = "the pretrained model" if pool.has_pretrained else f"'{reference}'"
-        for name in whole:
-            if name != reference:
-                found = pool.architecture(name).state_dict()
-                unlike += _of(f"expert '{name}'", _differences(found, expected, free, label))
-    infinite: list[str] = []
-    for name in dict.fromkeys(whole):
-        source = pool.member(name).stored()
-        if source is not None:
-            infinite += _of(f"model '{name}'", _not_finite(source))
-    _raise(
-        [line for lines in alone.values() for line in lines]
-        + _with_rule(unlike, "a pool's members must share one architecture up to the head")
-        + _with_rule(infinite, _FINITE)
-    )
-
-
-def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check that every floating tensor of a model is finite.
+def check_entries(entries: Mapping[str, Entry]) -> list[str]:
+    """Return what is wrong with each member alone, one sentence each.
 
     Raises:
-        UserError: names the model and its offending tensors.
+        UserError: nothing here; problems are returned.
     """
-    wrong = _of(f"model '{name}'", _not_finite(tensors))
-    _raise(_with_rule(wrong, _FINITE))
+    return [line for entry in entries.values() for line in entry.check()]
 
 
-def head_tensors(model: nn.Module) -> frozenset[str]:
-    """Return the tensors whose shape may differ between members: those of the final layers.
+def check_alike(
+    entries: Mapping[str, Entry], reference: str, names: Sequence[str], head: Head
+) -> list[str]:
+    """Return in what members differ from the reference where they must not, one sentence each.
 
-    A final layer is the last one in the order of the forward pass, or one that the forward pass in
-    evaluation mode does not reach (an auxiliary classifier).
+    Args:
+        entries: name → member.
+        reference: name of the member that the others are compared with.
+        names: of the members that are compared.
+        head: the tensors whose shapes may differ.
     """
-    try:
-        layers = find_layers(model)
-    except UserError:  # not traceable: the last weight that was registered is the best guess
-        last = next(reversed(list(model.state_dict())), "")
-        owner = last.rpartition(".")[0]
-        return frozenset(key for key in model.state_dict() if key.rpartition(".")[0] == owner)
-    reached = [layer for layer in layers if layer.reached]
-    auxiliary = [layer for layer in layers if not layer.reached and layer.kind == "linear"]
-    return frozenset(key for layer in [*reached[-1:], *auxiliary] for key in layer.tensors)
+    base = entries[reference].architecture()
+    expected = tensors_of(base)
+    label = "the pretrained model" if reference.startswith("_") else f"'{reference}'"
+    lines: list[str] = []
+    for name in names:
+        if name == reference:
+            continue
+        network = entries[name].architecture()
+        if isinstance(network, MultiTaskNetwork):
+            return [
+                f"'{name}' has a head for each of {', '.join(network.tasks)}; a pool's members "
+                f"have one head each: write one task to a file of its own first"
+            ]
+        lines += _of(f"expert '{name}'", _differences(tensors_of(network), expected, head, label))
+    return _with_rule(lines, "a pool's members must share one architecture up to the head")
+
+
+def check_finite(sources: Mapping[str, Mapping[str, Tensor] | TensorSource]) -> list[str]:
+    """Return which members have tensors that are not finite, one sentence each."""
+    lines: list[str] = []
+    for name, source in sources.items():
+        lines += _of(f"model '{name}'", _not_finite(source))
+    return _with_rule(lines, _FINITE)
+
+
+def raise_all(lines: Collection[str]) -> None:
+    """Raise one error that says everything.
+
+    Raises:
+        UserError: there is something to say.
+    """
+    if lines:
+        raise UserError("; ".join(lines))
 
 
 def _differences(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], free: frozenset[str], label: str
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: Head, label: str
 ) -> list[str]:
     missing = [key for key in expected if key not in found]
     added = [key for key in found if key not in expected]
-    lines = [f"lacks {', '.join(missing)}"] if missing else []
-    lines += [f"has {', '.join(added)}, unknown to {label}"] if added else []
+    lines = [f"lacks {_some(missing)}"] if missing else []
+    lines += [f"has {_some(added)}, unknown to {label}"] if added else []
+    wrong: list[str] = []
     for key, ours in expected.items():
         if key not in found:
             continue
         theirs = found[key]
-        if theirs.shape != ours.shape and key not in free:
-            lines.append(f"{key} is {tuple(theirs.shape)}, {label} has {tuple(ours.shape)}")
+        if theirs.shape != ours.shape and key not in head:
+            wrong.append(f"{key} is {tuple(theirs.shape)}, {label} has {tuple(ours.shape)}")
         elif theirs.is_floating_point() != ours.is_floating_point():
-            lines.append(f"{key} is {theirs.dtype}, {label} has {ours.dtype}")
-    return lines
+            wrong.append(f"{key} is {theirs.dtype}, {label} has {ours.dtype}")
+    return [*lines, _some(wrong)] if wrong else lines
 
 
 def _not_finite(tensors: Mapping[str, Tensor] | TensorSource) -> list[str]:
     lines = []
     for key in tensors:
         tensor = tensors[key]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        inexact = tensor.is_floating_point() or tensor.is_complex()
+        if inexact and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             lines.append(f"{key} has {bad} of {tensor.numel()} entries that are NaN or infinite")
-    return lines
+    return [_some(lines)] if lines else []
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
 
 
 def _of(owner: str, lines: list[str]) -> list[str]:
@@ -109,8 +112,3 @@ def _of(owner: str, lines: list[str]) -> list[str]:
 
 def _with_rule(lines: list[str], rule: str) -> list[str]:
     return [*lines, rule] if lines else []
-
-
-def _raise(lines: list[str]) -> None:
-    if lines:
-        raise UserError("; ".join(lines))

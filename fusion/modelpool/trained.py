@@ -5,47 +5,66 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from fusion.data import ClassSubset, seed_from
-from fusion.errors import UserError
-from fusion.modelpool.fingerprint import canonical, digest_tensors
-from fusion.modelpool.member import Member, build_architecture, on_meta
-from fusion.models import head_names, slice_head
-from fusion.target import build, check_options, locate
+from fusion.data import ClassSubset, label_space, seed_from
+from fusion.data.shared import load_dataset
+from fusion.errors import UserError, check_choice
+from fusion.files import require_writable_folder
+from fusion.labels import LabelSpace
+from fusion.modelpool.fingerprint import canonical, data_fingerprint, digest_tensors
+from fusion.modelpool.inheriting import HEADS, inherit
+from fusion.modelpool.member import (
+    Entry,
+    Member,
+    WithoutRandomValues,
+    build_architecture,
+    on_meta,
+)
+from fusion.target import check_options, locate
 from fusion.training import fit
-from fusion.weights import SafetensorsSource, TensorSource, load_safetensors, save_safetensors
-
-if TYPE_CHECKING:
-    from fusion.modelpool.base import BaseModelPool
+from fusion.weights import (
+    SafetensorsSource,
+    TensorSource,
+    load_safetensors,
+    load_tensors,
+    read_metadata,
+    save_safetensors,
+    tensors_of,
+)
 
 log = logging.getLogger(__name__)
 
-RECIPE_FORMAT = 1  # raise it when the same recipe would give other weights than before
+RECIPE_FORMAT = 2  # raise it when the same recipe would give other weights than before
 _NAME_LENGTH = 16  # hexadecimal digits of the recipe's hash in a file name: 64 bits
+_PATIENCE = 5.0  # seconds of waiting for another process before the log says so
 
 
 class TrainedModel(Member):
     """A network given by how it is trained.
 
     Asked for, it is trained once, on one device, and kept in ``cache_dir`` under a hash of the
-    full recipe (that of ``init_from`` included). Two runs at once train it once; a kill at any
-    moment leaves either nothing or a whole file; a damaged file is found by its checksum and
-    trained again with a warning.
+    full recipe (that of ``init_from`` and of the data included). Two runs at once train it once; a
+    kill at any moment leaves either nothing or a whole file; a damaged file is found by its
+    checksum and trained again with a warning.
 
     Args:
         architecture: mapping with ``_target_`` that builds the network with fresh weights.
         dataset: mapping with ``_target_`` that builds the training data.
-        classes: labels of ``dataset`` to train on, all by default. The network's outputs stand
-            for them in this order.
-        init_from: name of another member of the pool whose weights training starts from; where
-            its head is of another size, its rows for the kept classes.
+        classes: labels of ``dataset`` (or names of its classes) to train on, all by default. The
+            network's outputs stand for them in this order.
+        init_from: name of another member of the pool whose weights training starts from.
+        head: where the head comes from: ``rows`` (the parent's rows for these classes), ``fresh``
+            (new weights), ``auto`` (rows where the parent knows all classes, or where nobody knows
+            the classes and the shapes agree; else fresh).
         epochs, lr, weight_decay, batch_size, schedule, augment, channels_last, compile: of
             :func:`fusion.training.fit`.
         precision: Lightning Fabric's, for the training alone.
@@ -60,8 +79,9 @@ class TrainedModel(Member):
         architecture: Mapping[str, Any],
         dataset: Mapping[str, Any],
         *,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         init_from: str | None = None,
+        head: str = "auto",
         epochs: int = 10,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
@@ -85,9 +105,11 @@ class TrainedModel(Member):
         for count, number in (("epochs", epochs), ("batch_size", batch_size)):
             if number < 1:
                 raise UserError(f"TrainedModel: {count} is {number}; give 1 or more")
+        check_choice("head", head, HEADS)
         self.architecture_spec = architecture
-        self.classes = None if classes is None else tuple(classes)
         self.init_from = init_from
+        self._classes = None if classes is None else tuple(classes)
+        self._head = head
         self._dataset = dataset
         self._epochs = 1 if fast_dev_run else epochs
         self._options: dict[str, Any] = {
@@ -104,38 +126,22 @@ class TrainedModel(Member):
         self._accelerator = accelerator
         self._seed = seed
         self._cache_dir = Path(cache_dir).expanduser()
-        self._name = ""
-        self._told = False  # once is enough: a run asks for a member several times
-        self._pool: BaseModelPool | None = None
 
-    def joined(self, name: str, pool: BaseModelPool) -> None:
-        """Remember the pool, to find ``init_from`` in it, and the name there."""
-        self._name, self._pool = name, pool
-
-    def check(self, name: str, pool: BaseModelPool) -> list[str]:
-        """Return what is wrong with the recipe: its parents, its targets and their options."""
+    def check(self, entry: Entry) -> list[str]:
+        """Return what is wrong with the recipe: its targets, their options, its data, its cache."""
         lines = []
-        seen, at = [name], self.init_from
-        while at is not None:
-            if at not in pool:
-                lines.append(f"model '{seen[-1]}': init_from names '{at}', which the pool lacks")
-                break
-            if at in seen:
-                lines.append(
-                    f"model '{name}': init_from goes in a circle, {' → '.join([*seen, at])}"
-                )
-                break
-            seen.append(at)
-            parent = pool.member(at)
-            at = parent.init_from if isinstance(parent, TrainedModel) else None
         try:
             target = str(self._dataset["_target_"])
             options = {k: v for k, v in self._dataset.items() if not k.startswith("_")}
             check_options(locate(target), target, (), options)
-            if self.init_from is not None and not lines:
-                self._inherited(self._parent().architecture().state_dict(), self.architecture())
+            if self.path(entry).is_dir():
+                raise UserError(f"cache_dir: '{self.path(entry)}' is a folder; remove it")
+            if self._kept(entry) is None:
+                require_writable_folder(self._cache_dir, "cache_dir")
+                if entry.parent is not None:
+                    self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
         except UserError as error:
-            lines.append(f"model '{name}': {error}")
+            lines.append(f"model '{entry.name}': {error}")
         return lines
 
     def architecture(self) -> nn.Module:
@@ -143,100 +149,117 @@ class TrainedModel(Member):
         assert self.architecture_spec is not None
         return on_meta(self.architecture_spec)
 
-    def build(self) -> nn.Module:
+    def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the trained network, training it now if nobody has yet."""
         assert self.architecture_spec is not None
-        model = build_architecture(self.architecture_spec)
-        model.load_state_dict(self._weights())
+        with WithoutRandomValues():
+            model = build_architecture(self.architecture_spec)
+        load_tensors(model, load_safetensors(self._trained(self._placed(entry))))
         return model
 
-    def stored(self) -> TensorSource | None:
+    def labels(self, entry: Entry | None = None) -> LabelSpace | None:
+        """Return the classes of the training data, in the order of the outputs."""
+        kept = self._kept(self._placed(entry))
+        if kept is not None:
+            written = read_metadata(kept).get("labels")
+            return None if written is None else LabelSpace.from_json(written)
+        return label_space(self._data(entry))
+
+    def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the kept weights, or None while it is not trained."""
-        return SafetensorsSource(self.path) if self.path.is_file() else None
+        kept = self._kept(self._placed(entry))
+        return None if kept is None else SafetensorsSource(kept)
 
-    def tensors(self) -> TensorSource:
+    def tensors(self, entry: Entry | None = None) -> TensorSource:
         """Return the trained weights, training the network now if nobody has yet."""
-        self._weights()
-        return SafetensorsSource(self.path)
+        return SafetensorsSource(self._trained(self._placed(entry)))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, entry: Entry | None = None) -> str:
         """Return the hash of everything that decides the weights."""
-        return hashlib.sha256(json.dumps(self._recipe(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self._recipe(self._placed(entry)).encode()).hexdigest()
 
-    @property
-    def path(self) -> Path:
-        """Where the trained weights are kept."""
-        return self._cache_dir / f"{self._name}-{self.fingerprint()[:_NAME_LENGTH]}.safetensors"
+    def path(self, entry: Entry | None = None) -> Path:
+        """Return where the trained weights are kept."""
+        entry = self._placed(entry)
+        return self._cache_dir / f"{entry.name}-{entry.fingerprint[:_NAME_LENGTH]}.safetensors"
 
-    def _recipe(self) -> dict[str, Any]:
-        parent = None if self.init_from is None else self._parent().fingerprint()
-        return {
-            "format": RECIPE_FORMAT,
-            "name": self._name,
-            "architecture": canonical(self.architecture_spec),
-            "dataset": canonical(self._dataset),
-            "classes": canonical(self.classes),
-            "init_from": parent,
-            "epochs": self._epochs,
-            "options": canonical(self._options),
-            "precision": self._precision,
-            "seed": self._seed,
-        }
-
-    def _parent(self) -> Member:
-        if self._pool is None or self.init_from is None:
+    def _placed(self, entry: Entry | None) -> Entry:
+        """Return the entry, or one for a recipe that is used without a pool."""
+        if entry is not None:
+            return entry
+        if self.init_from is not None:
             raise UserError("TrainedModel: init_from needs a pool; put the model into one")
-        return self._pool.member(self.init_from)
+        return Entry("model", self)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """Return the kept weights; train and keep them first if they are not there or damaged."""
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            kept = self._kept(path)
-            if kept is not None:
-                if not self._told:
-                    log.info("%s: found in the cache", self._name)
-                self._told = True
-                return kept
-            for unfinished in path.parent.glob(f".{path.stem}-*"):
-                unfinished.unlink()  # of a run that was killed: whoever writes holds the lock
-            log.info("%s: training for %d epochs", self._name, self._epochs)
-            self._told = True
-            state, metadata = self._train()
-            metadata["digest"] = digest_tensors(state)
-            save_safetensors(path, state, metadata)
-        return state
+    def _recipe(self, entry: Entry) -> str:
+        parent = entry.parent
+        return json.dumps(
+            {
+                "format": RECIPE_FORMAT,
+                "name": entry.name,
+                "architecture": canonical(self.architecture_spec),
+                "dataset": data_fingerprint(self._dataset),
+                "classes": canonical(self._classes),
+                "init_from": None if parent is None else parent.fingerprint,
+                "preprocessing": canonical(entry.preprocessing),
+                "parent_classes": parent.known.to_json() if parent and parent.known else None,
+                "head": [self._head, canonical(entry.head)],
+                "epochs": self._epochs,
+                "options": canonical(self._options),
+                "precision": self._precision,
+                "seed": self._seed,
+            },
+            sort_keys=True,
+            default=repr,
+        )
 
-    def _kept(self, path: Path) -> dict[str, Tensor] | None:
+    def _data(self, entry: Entry | None) -> Any:
+        data = load_dataset(self._dataset, None if entry is None else entry.preprocessing)
+        return data if self._classes is None else ClassSubset(data, self._classes)
+
+    def _trained(self, entry: Entry) -> Path:
+        """Return the file of the weights; train and keep them first if there is no whole one."""
+        if (kept := self._kept(entry)) is None:
+            with _only_one(self.path(entry), entry.name):
+                kept = self._kept(entry)  # another process may have trained it meanwhile
+                if kept is None:
+                    return self._train_and_keep(entry)
+        _note_found(entry.name, kept)
+        return kept
+
+    def _train_and_keep(self, entry: Entry) -> Path:
+        path = self.path(entry)
+        if path.is_file():
+            log.warning("%s: %s is damaged; training again", entry.name, path)
+        for unfinished in path.parent.glob(f".{path.stem}-*"):
+            unfinished.unlink()  # of a run that was killed: whoever writes holds the lock
+        log.info("%s: training for %d epochs", entry.name, self._epochs)
+        state, metadata = self._train(entry)
+        save_safetensors(path, state, {**metadata, "digest": digest_tensors(state)})
+        return path
+
+    def _kept(self, entry: Entry) -> Path | None:
+        """Return the file in the cache that holds this very recipe's weights, whole; else None."""
+        path = self.path(entry)
         if not path.is_file():
             return None
-        try:
-            source = SafetensorsSource(path)
-            state = load_safetensors(path)
-            whole = source.metadata.get("digest") == digest_tensors(state)
-        except UserError:
-            whole = False
-        if whole:
-            return state
-        log.warning("%s: %s is damaged; training again", self._name, path)
-        return None
+        state = path.stat()
+        whole = _is_whole(path, self._recipe(entry), state.st_size, state.st_mtime_ns)
+        return path if whole else None
 
-    def _train(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _train(self, entry: Entry) -> tuple[dict[str, Tensor], dict[str, str]]:
         from lightning.fabric import Fabric
         from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-        data = build(self._dataset)
-        if self.classes is not None:
-            data = ClassSubset(data, self.classes)
-        seed = seed_from(self._seed, self._name)
+        data = self._data(entry)
+        seed = seed_from(self._seed, entry.name)
         assert self.architecture_spec is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_architecture(self.architecture_spec)
-        if self.init_from is not None:
-            parent = self._parent().build().state_dict()
-            model.load_state_dict(self._inherited(parent, model))
+        if entry.parent is not None:
+            parent = tensors_of(entry.parent.build())
+            load_tensors(model, self._inherited(entry, parent, lambda _: model))
         # One process of its own, whatever the run uses: the recipe alone decides the weights.
         fabric = Fabric(
             accelerator=self._accelerator,
@@ -250,43 +273,75 @@ class TrainedModel(Member):
             epochs=self._epochs,
             seed=seed,
             fabric=fabric,
-            label=self._name,
+            label=entry.name,
             **self._options,
         )
         last = history.epochs[-1].train
         log.info(
             "%s: trained in %.1f s, accuracy %.1f %% on its training images",
-            self._name,
+            entry.name,
             history.seconds,
             100 * last.accuracy,
         )
-        labels = getattr(data, "original_labels", None)
         metadata = {
-            "recipe": json.dumps(self._recipe(), sort_keys=True),
+            "recipe": self._recipe(entry),
             "architecture": json.dumps(canonical(self.architecture_spec)),
             "history": json.dumps([canonical(epoch) for epoch in history.epochs]),
         }
+        labels = label_space(data)
         if labels is not None:
-            metadata["classes"] = json.dumps(list(labels))
-        return {key: value.cpu() for key, value in model.state_dict().items()}, metadata
+            metadata["labels"] = labels.to_json()
+        return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
-    def _inherited(self, parent: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Return the parent's weights, with its head's rows for the classes kept here.
+    def _inherited(
+        self, entry: Entry, parent: Mapping[str, Tensor], make: Any
+    ) -> dict[str, Tensor]:
+        assert entry.parent is not None
+        return inherit(
+            parent,
+            make(self.architecture_spec),
+            head=self._head,
+            named_head=entry.head,
+            known=entry.parent.labels(),
+            wanted=self.labels(entry),
+            parent_name=entry.parent.name,
+        )
 
-        Raises:
-            UserError: they do not fit ``model``, or the parent does not know a class.
-        """
-        if self.classes is None:
-            if odd := head_names(parent, model):
-                raise UserError(
-                    f"the head of '{self.init_from}' has another size ({', '.join(odd)}); say "
-                    f"which of its classes to keep with 'classes'"
-                )
-            return dict(parent)
-        known = list(self._parent().classes or range(max(self.classes) + 1))
-        missing = [label for label in self.classes if label not in known]
-        if missing:
-            raise UserError(
-                f"'{self.init_from}' has no rows for the classes {missing}; it knows {known}"
-            )
-        return slice_head(parent, like=model, rows=[known.index(label) for label in self.classes])
+
+@contextmanager
+def _only_one(path: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a cached file; the log says what is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        log.info("%s: waiting for another process, which holds %s", name, lock.lock_file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@cache
+def _is_whole(path: Path, recipe: str, size: int, time: int) -> bool:
+    """Return whether a cached file holds the weights of ``recipe``, undamaged and finite.
+
+    Size and time of the file are what makes the answer of an earlier call valid.
+    """
+    del size, time
+    try:
+        metadata = read_metadata(path)
+        tensors = load_safetensors(path)
+    except UserError:  # damaged: trained again
+        return False
+    finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+    same = metadata.get("recipe") == recipe and metadata.get("digest") == digest_tensors(tensors)
+    return finite and same
+
+
+@cache
+def _note_found(name: str, path: Path) -> None:
+    """Log once in a process that a member came from the cache."""
+    log.info("%s: found in the cache (%s)", name, path.name)

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from fusion.models.cifar_resnet import CifarResNet
-from fusion.models.heads import head_names, slice_head
+from fusion.models.head import Head, find_head
+from fusion.models.head_rows import resize_head, select_rows
 from fusion.models.layers import Layer, find_layers
+from fusion.models.multi_task import MultiTaskNetwork
 from fusion.models.separable_resnet import SeparableResNet
 
-__all__ = ["CifarResNet", "Layer", "SeparableResNet", "find_layers", "head_names", "slice_head"]
+__all__ = [
+    "CifarResNet",
+    "Head",
+    "Layer",
+    "MultiTaskNetwork",
+    "SeparableResNet",
+    "find_head",
+    "find_layers",
+    "resize_head",
+    "select_rows",
+]

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fusion.models.layer import Belongings, Kind, Ledger, is_layer, is_leaf, is_norm
 
-_FUNCTIONS: dict[Callable[..., Any], Kind] = {
+LAYER_FUNCTIONS: dict[Callable[..., Any], Kind] = {
     F.conv1d: "conv",
     F.conv2d: "conv",
     F.conv3d: "conv",
@@ -45,17 +45,33 @@ def trace(ledger: Ledger) -> str | None:
     Returns:
         None, or why and where it cannot be traced; the ledger is untouched then.
     """
+    graph = symbolic_graph(ledger.model)
+    if isinstance(graph, str):
+        return graph
+    _follow_graph(graph, ledger)
+    return None
+
+
+def symbolic_graph(model: nn.Module) -> fx.Graph | str:
+    """Return the graph of a forward pass with default arguments, layers and norms kept whole.
+
+    Returns:
+        the graph, or a phrase that says why and where the model cannot be traced.
+    """
     tracer = _Tracer()
-    parameters = inspect.signature(ledger.model.forward).parameters.values()
+    parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        graph = tracer.trace(ledger.model, concrete_args=defaults)
+        return tracer.trace(model, concrete_args=defaults)
     except _TRACING_ERRORS as error:
         module = f"module '{tracer.running}'" if tracer.running else "its own forward"
         reason = str(error).partition(". ")[0]  # fx adds an essay
         return f"tracing stopped in {module}{_place(error)}: {reason}"
-    _follow_graph(graph, ledger)
-    return None
+
+
+def is_traceable(model: nn.Module) -> bool:
+    """Return whether the forward pass of ``model`` can be followed without an input."""
+    return isinstance(symbolic_graph(model), fx.Graph)
 
 
 def run(ledger: Ledger, example_input: Tensor | tuple[Tensor, ...]) -> None:
@@ -134,28 +150,28 @@ def _follow_graph(graph: fx.Graph, ledger: Ledger) -> None:
     for step, node in enumerate(graph.nodes):
         inputs = node.all_input_nodes
         layer = max((source[i] for i in inputs if i in source), default=None)
-        luggage = [each for i in inputs for each in waiting.get(i, [])]
+        pending = [each for i in inputs for each in waiting.get(i, [])]
         number: int | None = None
         if node.op == "placeholder" or not data.isdisjoint(inputs):
             data.add(node)
-        used = [each.layer for each in luggage if each.layer is not None and node in data]
+        used = [each.layer for each in pending if each.layer is not None and node in data]
         for name in used:  # a function that reads the weight of a module acts in its place
             number = ledger.open(name)
         if node.op == "call_module":
             for inner in ledger.layers_inside(node.target):
                 number = ledger.open(inner)
-            luggage.append(ledger.belongings(node.target))
+            pending.append(ledger.belongings(node.target))
         elif node.op == "get_attr":
-            luggage.append(ledger.tensor(node.target))
-        elif node.op == "call_function" and node.target in _FUNCTIONS and not used:
+            pending.append(ledger.tensor(node.target))
+        elif node.op == "call_function" and node.target in LAYER_FUNCTIONS and not used:
             number = _open_functional(node, waiting, ledger)
         if number is not None:
             layer = (step, number)
         if layer is None:
-            waiting[node] = luggage
+            waiting[node] = pending
         else:
             source[node] = layer
-            for each in luggage:
+            for each in pending:
                 ledger.give(layer[1], each)
 
 
@@ -167,7 +183,7 @@ def _open_functional(
     if len(node.args) > _GROUPS_POSITION:
         groups = node.args[_GROUPS_POSITION]
     made_of = waiting.get(weight, []) if isinstance(weight, fx.Node) else []
-    kind = _FUNCTIONS[node.target]  # type: ignore[index]
+    kind = LAYER_FUNCTIONS[node.target]  # type: ignore[index]
     keys = [key for each in made_of for key in each.keys]
     return ledger.open_functional(keys, kind, groups if isinstance(groups, int) else 1)
 

@@ -41,7 +41,7 @@ def find_layers(
         UserError: if the network has no convolution or linear layer, or cannot be traced and
             comes without an example input.
     """
-    ledger = Ledger(_without_values(model).eval())
+    ledger = Ledger(without_values(model).eval())
     obstacle = forward_pass.trace(ledger)
     if obstacle is not None:
         name = type(model).__name__
@@ -56,8 +56,8 @@ def find_layers(
     return ledger.close()
 
 
-def _without_values(model: nn.Module) -> nn.Module:
-    """Copy a model onto the meta device, ties included, without a second copy of its values."""
+def without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device, ties included; its values are never copied."""
     memo: dict[int, object] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")

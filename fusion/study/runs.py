@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import UserError
-from fusion.run_folder import CONFIG, ERROR, REPORT
+from fusion.run_folder import ERROR, READY, REPORT, WORKING, recover
+from fusion.run_folder import UNFINISHED as LEFT
 
 _NAMED = 3  # runs that failed of one reason and are named
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
@@ -17,7 +18,7 @@ FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as its folder tells.
+    """One run, as its folder says.
 
     Attributes:
         name: the folder, relative to the one that was searched.
@@ -43,7 +44,10 @@ def read_runs(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not a folder; give the folder of a sweep, or one above")
-    places = {file.parent for name in (REPORT, ERROR, CONFIG) for file in folder.rglob(name)}
+    for ready in folder.rglob(f"{READY}*"):
+        recover(ready.parent)
+    found = [file for name in (REPORT, ERROR, f"{WORKING}*") for file in folder.rglob(name)]
+    places = {file.parent for file in found if not _is_inside_a_run(file.relative_to(folder))}
     runs = [_read(place, str(place.relative_to(folder))) for place in places]
     if not runs:
         raise UserError(f"there is no run in '{folder}' (no {REPORT}); give the folder of a sweep")
@@ -51,7 +55,7 @@ def read_runs(folder: str | Path) -> list[Run]:
 
 
 def troubles(runs: Sequence[Run]) -> list[str]:
-    """Return what failed or was cut off, a sentence for all that failed of one reason."""
+    """Return what failed or was cut off, one sentence for all that failed for one reason."""
     reasons: dict[str, list[str]] = {}
     for run in runs:
         if run.status != FINISHED:
@@ -61,6 +65,11 @@ def troubles(runs: Sequence[Run]) -> list[str]:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         found.append(f"{', '.join(names[:_NAMED])}{more}: {reason}")
     return found
+
+
+def _is_inside_a_run(file: Path) -> bool:
+    """Return whether a file lies in the hidden folder of a run, or among what one left."""
+    return any(part.startswith((WORKING, READY)) or part == LEFT for part in file.parts[:-1])
 
 
 def _read(place: Path, name: str) -> Run:

@@ -69,7 +69,8 @@ def summarise(folder: str | Path) -> Summary:
         files.append(folder / PAGE)
     text += [f"missing: {trouble}" for trouble in troubles(runs)]
     outside = [file.name for file in files if file.parent == folder]
-    drawn_in = f" and the figures in {FIGURES}/" if finished else ""
+    figures = any(file.parent != folder for file in files)
+    drawn_in = f" and the figures in {FIGURES}/" if figures else ""
     text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")
     return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)
 

@@ -168,7 +168,7 @@ def _row(run: Run, order: int) -> dict[str, Any]:
 def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = report.get("evaluation", {})
     row: dict[str, Any] = {}
-    control = next(iter(report.get("references", [])), None)
+    control = next(iter(report.get("controls", [])), None)
     row["control"] = control
     stages = {"zero_shot": "merged", "finetuned": "finetuned", "control": control}
     for stage, entry in stages.items():

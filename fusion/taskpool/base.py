@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fusion.labels import LabelSpace
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A network that is measured beside others.
+
+    Attributes:
+        load: makes the network when its turn comes.
+        labels: the classes of its outputs; a :class:`~fusion.models.MultiTaskNetwork` has its own.
+    """
+
+    load: Callable[[], nn.Module]
+    labels: LabelSpace | None = None
 
 
 class BaseTaskPool(ABC):
@@ -27,14 +44,24 @@ class BaseTaskPool(ABC):
     progress: bool | None = None
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, *, classes: Sequence[int] | None = None) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, *, labels: LabelSpace | None = None) -> dict[str, Any]:
         """Return task → metric → number for ``model``, which is left as it was.
+
+        A subclass that needs no labels may leave the argument out.
 
         Args:
             model: the network to measure.
-            classes: the original labels that the model's outputs stand for, in their order;
-                ``None`` means 0, 1, 2, …
+            labels: the classes of the model's outputs; ``None`` where nobody knows them.
         """
+
+    def evaluate_all(self, contestants: Mapping[str, Contestant]) -> dict[str, dict[str, Any]]:
+        """Return name → what :meth:`evaluate` says of each network, one after the other."""
+        takes_labels = "labels" in inspect.signature(self.evaluate).parameters
+        found = {}
+        for name, contestant in contestants.items():
+            options: dict[str, Any] = {"labels": contestant.labels} if takes_labels else {}
+            found[name] = self.evaluate(contestant.load(), **options)
+        return found
 
     def check(self) -> None:
         """Check, before any work, that the tasks can be evaluated; nothing by default.

@@ -1,40 +1,60 @@
-"""Accuracy, weighted F1, loss and per-class accuracy of a classifier on named tasks."""
+"""Accuracy, weighted F1, loss and per-class accuracy of classifiers on named tasks."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fusion.data import batches
-from fusion.errors import UserError
-from fusion.target import build, is_target
-from fusion.taskpool.base import BaseTaskPool
+from fusion.data import Preprocessing, batches, label_space, labels_of
+from fusion.data.shared import load_dataset
+from fusion.errors import UserError, check_choice
+from fusion.labels import LabelSpace, joint_space
+from fusion.target import is_target
+from fusion.taskpool.answers import JOINT_RULES, Call, answer_of
+from fusion.taskpool.base import BaseTaskPool, Contestant
+from fusion.taskpool.examinee import Examinee
 from fusion.weights import image_dtype
 
-log = logging.getLogger(__name__)
+JOINT = "joint"  # the task of telling apart the classes of all tasks
+# Networks that are measured in one pass over the images, at most: photographs are decoded once for
+# all of them, and no more than this is in memory beside the images.
+_TOGETHER_BYTES = 2**31
 
 
 class ClassificationTaskPool(BaseTaskPool):
-    """Measure a classifier on each of several data sets.
+    """Measure classifiers on each of several data sets.
 
-    A task's images and a model's outputs meet at the *original* labels of their classes: a model
-    of ten classes is measured on a task of four of them over all its ten outputs (it may answer
-    one of the other six, and is wrong then), and a model of four classes only on tasks that ask
-    for no other class. Tasks that a model has no outputs for are left out of its result.
+    A task's images and a model's outputs meet at their classes: a model of ten classes is measured
+    on a task of four of them over all its ten outputs (it may answer one of the other six, and is
+    wrong then), a model of four classes only on tasks that ask for no other class, and a model of
+    several heads with the head of the task. Tasks that a model cannot answer are left out of its
+    result.
+
+    Where no two tasks have a class in common, the joint problem is measured too: which class of
+    all tasks is in the image, among the classes of all heads.
 
     Args:
         tasks: name → dataset, or a mapping with ``_target_`` that builds one when it is needed.
-            A dataset may carry ``class_names`` and ``original_labels``.
+            Its classes are read from ``class_names`` and ``original_labels``, or from
+            torchvision's ``classes``.
         batch_size: images per forward pass.
         evaluate_members: whether a program also evaluates the pool's members.
+        joint: how the scores of several heads are compared in the joint problem: ``softmax``
+            (probabilities within each head's own classes), ``raw`` (logits as they are), or
+            ``None``: not measured.
         fast_dev_run: measure on one batch only.
+
+    Raises:
+        UserError: an option that has no meaning.
     """
+
+    preprocessing: Preprocessing | None = None
+    """What the weights expect of images; data that does not say otherwise follows."""
 
     def __init__(
         self,
@@ -42,16 +62,20 @@ class ClassificationTaskPool(BaseTaskPool):
         *,
         batch_size: int = 500,
         evaluate_members: bool = False,
+        joint: str | None = "softmax",
         fast_dev_run: bool = False,
     ) -> None:
-        if not tasks:
+        if not isinstance(tasks, Mapping) or not tasks:
             raise UserError("taskpool.tasks is empty; give at least one task: name → dataset")
         if batch_size < 1:
             raise UserError(f"taskpool.batch_size must be at least 1, not {batch_size}")
+        if joint is not None:
+            check_choice("taskpool.joint", joint, JOINT_RULES)
         self._tasks = dict(tasks)
-        self._labels: dict[str, tuple[int, ...]] = {}
+        self._classes: dict[str, LabelSpace | None] = {}
         self.batch_size = batch_size
         self.evaluate_members = evaluate_members
+        self.joint = joint
         self.fast_dev_run = fast_dev_run
 
     @property
@@ -62,15 +86,21 @@ class ClassificationTaskPool(BaseTaskPool):
     def load_dataset(self, task: str) -> Any:
         """Return a task's images, built at the first call."""
         if is_target(self._tasks[task]):
-            self._tasks[task] = build(self._tasks[task])
+            self._tasks[task] = load_dataset(self._tasks[task], self.preprocessing)
         return self._tasks[task]
+
+    def classes(self, task: str) -> LabelSpace | None:
+        """Return the classes of a task, or ``None`` where its data set names none."""
+        if task not in self._classes:
+            self._classes[task] = label_space(self.load_dataset(task))
+        return self._classes[task]
 
     def check(self) -> None:
         """Build every task's data set, so that a missing file is found before any work."""
         for task in self._tasks:
             self.load_dataset(task)
 
-    def evaluate(self, model: nn.Module, *, classes: Sequence[int] | None = None) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module, *, labels: LabelSpace | None = None) -> dict[str, Any]:
         """Return task → ``accuracy``, ``f1`` (weighted), ``loss``, ``images``, ``class_accuracy``.
 
         Accuracies and F1 are shares between 0 and 1; the loss is the mean cross-entropy in nats.
@@ -79,87 +109,92 @@ class ClassificationTaskPool(BaseTaskPool):
             UserError: no task asks only for classes that the model knows, or the model does not
                 return one row of scores per image.
         """
-        results: dict[str, Any] = {}
-        with self._ready(model) as (network, device):
-            for task in self._tasks:
-                result = self._evaluate_task(network, task, device, classes)
-                if result is not None:
-                    results[task] = result
+        results = self.evaluate_all({"model": Contestant(lambda: model, labels)})["model"]
         if not results:
             raise UserError(
                 f"the model answers none of the tasks {', '.join(self._tasks)}: each has classes "
                 f"beyond the model's outputs"
-                + ("" if classes is None else f", which stand for the labels {list(classes)}")
+                + ("" if labels is None else f", which stand for {labels}")
             )
         return results
 
-    def _evaluate_task(
-        self, model: nn.Module, task: str, device: torch.device, classes: Sequence[int] | None
-    ) -> dict[str, Any] | None:
-        from torchmetrics import MeanMetric, SumMetric
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+    def evaluate_all(self, contestants: Mapping[str, Contestant]) -> dict[str, dict[str, Any]]:
+        """Return name → what :meth:`evaluate` says of each network; all read the images together.
 
-        dataset = self.load_dataset(task)
-        labels = tuple(getattr(dataset, "original_labels", ()))
-        metrics: dict[str, Any] = {}
-        rows = torch.empty(0, dtype=torch.long)  # own label of the task -> column of the model
-        dtype = image_dtype(model)
-        for images, targets in self._batches(dataset, device):
-            images = images.to(dtype)
-            scores = model(images) if self.fabric is None else self._autocast(model, images)
-            if not isinstance(scores, Tensor) or scores.ndim != 2:
-                shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise UserError(
-                    f"task '{task}' needs one row of class scores per image; "
-                    f"the model returned {shown} for {len(images)} images"
-                )
-            if not metrics:
-                outputs = scores.shape[1]
-                known = tuple(classes) if classes is not None else tuple(range(outputs))
-                if len(known) != outputs:
-                    raise UserError(
-                        f"the model has {outputs} outputs, its classes are given as {list(known)}"
+        A network that answers no task gets an empty result.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        waiting = dict(contestants)
+        while waiting:
+            together: dict[str, tuple[nn.Module, LabelSpace | None]] = {}
+            size = 0
+            for name in list(waiting):
+                if together and size > _TOGETHER_BYTES:
+                    break
+                contestant = waiting.pop(name)
+                model = contestant.load()
+                together[name] = (model, contestant.labels)
+                size += sum(tensor.nbytes for tensor in model.state_dict().values())
+            found |= self._evaluate_together(together)
+        return found
+
+    def _evaluate_together(
+        self, models: Mapping[str, tuple[nn.Module, LabelSpace | None]]
+    ) -> dict[str, dict[str, Any]]:
+        spaces = {task: self.classes(task) for task in self._tasks}
+        questions = dict(spaces)
+        known = [space for space in spaces.values() if space is not None]
+        everything = joint_space(known) if self.joint and len(known) == len(spaces) > 1 else None
+        if everything is not None:
+            questions[JOINT] = everything
+        with contextlib.ExitStack() as stack:
+            examinees = []
+            for name, (model, labels) in models.items():
+                network, device = stack.enter_context(self._ready(model))
+                answers = {
+                    question: answer_of(
+                        network, labels, question, classes, joint=self.joint or "softmax"
                     )
-                labels = labels or self._counted_labels(task, dataset)
-                if not set(labels) <= set(known):
-                    return None
-                rows = torch.tensor([known.index(label) for label in labels], device=device)
-                metrics = {
-                    "accuracy": MulticlassAccuracy(outputs, average="micro").to(device),
-                    "f1": MulticlassF1Score(outputs, average="weighted").to(device),
-                    "class_accuracy": MulticlassAccuracy(outputs, average="none").to(device),
-                    "loss": MeanMetric().to(device),
-                    "images": SumMetric().to(device),
+                    for question, classes in questions.items()
                 }
-            columns = rows[targets]
-            scores = scores.float()
-            for name in ("accuracy", "f1", "class_accuracy"):
-                metrics[name].update(scores, columns)
-            losses = nn.functional.cross_entropy(scores, columns, reduction="none")
-            metrics["loss"].update(losses)
-            metrics["images"].update(len(images))
-        if not metrics:
-            raise UserError(f"task '{task}' has no images")
-        result: dict[str, Any] = {
-            name: float(metrics[name].compute()) for name in ("accuracy", "f1", "loss")
-        }
-        result["images"] = int(metrics["images"].compute())
-        per_class = metrics["class_accuracy"].compute()[rows].tolist()
-        names = getattr(dataset, "class_names", None) or [str(label) for label in labels]
-        result["class_accuracy"] = dict(zip(names, per_class, strict=True))
-        return result
+                examinees.append(Examinee(name, device, answers))
+            start = 0  # of the task's classes among all
+            for task, classes in spaces.items():
+                self._pose(task, classes, examinees, everything, start)
+                start += 0 if classes is None else len(classes)
+        return {examinee.name: examinee.results(questions) for examinee in examinees}
 
-    def _counted_labels(self, task: str, dataset: Any) -> tuple[int, ...]:
-        """Return 0, 1, … up to the largest label of a data set, looked up once."""
-        if task not in self._labels:
-            names = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
-            largest = (
-                len(names) - 1
-                if names
-                else max(int(dataset[index][1]) for index in range(len(dataset)))
-            )
-            self._labels[task] = tuple(range(largest + 1))
-        return self._labels[task]
+    def _pose(
+        self,
+        task: str,
+        classes: LabelSpace | None,
+        examinees: Sequence[Examinee],
+        everything: LabelSpace | None,
+        start: int,
+    ) -> None:
+        """Show all networks the images of one task.
+
+        Args:
+            task: its name.
+            classes: its classes.
+            examinees: the networks.
+            everything: the classes of all tasks, where the joint problem is measured.
+            start: number of the task's first class among them.
+        """
+        count = 0
+        dataset = self.load_dataset(task)
+        for images, targets in self._batches(dataset, examinees[0].device):
+            count += len(images)
+            if classes is None:
+                classes = LabelSpace(tuple(range(int(labels_of(dataset).max()) + 1)))
+            for examinee in examinees:
+                shown, labels = images.to(examinee.device), targets.to(examinee.device)
+                call = _once(self._call)
+                examinee.answer(task, classes, shown, labels, call)
+                if everything is not None:
+                    examinee.answer(JOINT, everything, shown, labels + start, call)
+        if not count:
+            raise UserError(f"task '{task}' has no images")
 
     def _batches(self, dataset: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         rank = 0 if self.fabric is None else self.fabric.global_rank
@@ -173,14 +208,16 @@ class ClassificationTaskPool(BaseTaskPool):
             world_size=world_size,
         )
 
-    def _autocast(self, model: nn.Module, images: Tensor) -> Any:
-        assert self.fabric is not None
+    def _call(self, model: nn.Module, images: Tensor) -> Any:
+        images = images.to(image_dtype(model))
+        if self.fabric is None:
+            return model(images)
         with self.fabric.autocast():
             return model(images)
 
     @contextlib.contextmanager
     def _ready(self, model: nn.Module) -> Iterator[tuple[nn.Module, torch.device]]:
-        """Yield the model in evaluation mode on the right device; leave it as it was."""
+        """Yield the model in evaluation mode on the right device; it is restored afterwards."""
         here = next((p.device for p in model.parameters()), torch.device("cpu"))
         device = here if self.fabric is None else self.fabric.device
         network = model if here == device else copy.deepcopy(model).to(device)
@@ -192,3 +229,15 @@ class ClassificationTaskPool(BaseTaskPool):
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _once(call: Call) -> Call:
+    """Return ``call`` that runs no network twice on the same images."""
+    outputs: dict[int, Any] = {}
+
+    def run(network: nn.Module, images: Tensor) -> Any:
+        if id(network) not in outputs:
+            outputs[id(network)] = call(network, images)
+        return outputs[id(network)]
+
+    return run

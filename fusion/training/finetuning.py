@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from fusion.data import ClassSubset, ImageTensors, batches, few, seed_from
+from fusion.data import batches, few, seed_from
 from fusion.errors import UserError, suggestion
-from fusion.models import Layer, find_layers
+from fusion.models import Layer, MultiTaskNetwork, find_head, find_layers
+from fusion.training.feeding import TrainingData
 from fusion.training.fitting import fit
 from fusion.training.history import History
 from fusion.training.measuring import Measurement, measure
@@ -75,7 +75,7 @@ class FineTuning:
     """How a network is fine-tuned.
 
     Args:
-        strategy: ``head`` (the last layer of the forward pass), ``selective`` (the layers that
+        strategy: ``head`` (the last layer of each output), ``selective`` (the layers that
             were merged, and the head), ``full`` (everything). Whatever is not trained keeps its
             batch-norm statistics too.
         epochs: passes over the images.
@@ -134,41 +134,44 @@ class FineTuning:
     def run(
         self,
         model: nn.Module,
-        dataset: Dataset[Any],
+        data: TrainingData,
         *,
         merged: Sequence[str] = (),
-        classes: Sequence[int] | None = None,
+        head: Sequence[str] = (),
         fabric: Fabric | None = None,
     ) -> FineTuned:
         """Return a fine-tuned copy of ``model``.
 
         Args:
             model: the network; it is not changed.
-            dataset: training images.
+            data: training images, labelled by the network's outputs; task → images for a
+                :class:`~fusion.models.MultiTaskNetwork`.
             merged: names of the layers that were merged, for ``selective``.
-            classes: the original labels that the network's outputs stand for; None if they are
-                those of ``dataset`` in its order.
+            head: tensors of the head; by default the last layer of each output.
             fabric: where to train; by default the best device there is.
 
         Raises:
             UserError: the images cannot be drawn, or training fails.
         """
-        dataset = _relabelled(dataset, classes)
         device = next(model.parameters()).device
-        images, _ = next(batches(dataset, batch_size=2, device=device))
-        layers = find_layers(model, images)
-        choices = {strategy: _tensors(layers, strategy, merged) for strategy in STRATEGIES}
+        parts = data if isinstance(data, Mapping) else {None: data}
+        first = next(iter(parts.values()))
+        images, _ = next(batches(first, batch_size=2, device=device, limit=2))
+        plain = model.for_task(model.tasks[0]) if isinstance(model, MultiTaskNetwork) else model
+        layers = find_layers(plain, images)
+        own = tuple(head) or find_head(plain, images).tensors
+        choices = {strategy: _tensors(layers, strategy, merged, own) for strategy in STRATEGIES}
         chosen = choices[self.strategy]
         same_as = [s for s in STRATEGIES if s != self.strategy and choices[s] == chosen]
         names = [layer.name for layer in layers if chosen & set(layer.tensors)]
-        drawn = _drawn(dataset, self.images, seed_from(self.seed, "fine-tuning"))
+        drawn = {task: self._drawn(dataset, len(parts), task) for task, dataset in parts.items()}
         log.info("Fine-tuning (%s): %d of %d layers", self.strategy, len(names), len(layers))
         network = copy.deepcopy(model)
         with measure(fabric.device if fabric is not None else "cpu") as cost:
             history = fit(
                 network,
-                drawn,
-                trainable=sorted(chosen),
+                drawn.get(None, drawn),  # type: ignore[arg-type]
+                trainable=sorted(_in_all_networks(model, chosen)),
                 seed=self.seed,
                 fabric=fabric,
                 label=f"fine-tuning ({self.strategy})",
@@ -181,22 +184,26 @@ class FineTuning:
             trained_layers=tuple(names),
             trained_parameters=history.trained_parameters,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            images=len(drawn),  # type: ignore[arg-type]
+            images=sum(map(len, drawn.values())),  # type: ignore[arg-type]
             history=history,
             cost=cost,
         )
 
+    def _drawn(self, dataset: Dataset[Any], parts: int, task: str | None) -> Dataset[Any]:
+        """Return the images that one task is trained on: its share of all."""
+        if self.images is None:
+            return dataset
+        seed = seed_from(self.seed, "fine-tuning", *([] if task is None else [task]))
+        return few(dataset, max(1, self.images // parts), seed=seed)
 
-def head_layer(layers: Sequence[Layer]) -> Layer:
-    """Return the head: the last layer that the forward pass reaches."""
-    return [layer for layer in layers if layer.reached][-1]
 
-
-def _tensors(layers: Sequence[Layer], strategy: str, merged: Sequence[str]) -> frozenset[str]:
+def _tensors(
+    layers: Sequence[Layer], strategy: str, merged: Sequence[str], head: Sequence[str]
+) -> frozenset[str]:
     """Return the tensors that a strategy trains."""
     if strategy == "full":
         return frozenset(key for layer in layers for key in layer.tensors)
-    trained = set(head_layer(layers).tensors)
+    trained = set(head)
     if strategy == "selective":
         owned: Mapping[str, tuple[str, ...]] = {
             # Under the notebook's scoring a norm is a layer of its own, named by its module.
@@ -216,26 +223,9 @@ def _within(layer: Layer, module: str) -> tuple[str, ...]:
     return tuple(key for key in layer.tensors if key.startswith(f"{module}."))
 
 
-def _relabelled(dataset: Dataset[Any], classes: Sequence[int] | None) -> Dataset[Any]:
-    """Return the images of ``classes`` (original labels), labelled by their place in it."""
-    if classes is None or not isinstance(dataset, ImageTensors):
-        return dataset
-    known = dataset.original_labels
-    if tuple(classes) == known:
-        return dataset
-    missing = [label for label in classes if label not in known]
-    if missing:
-        raise UserError(
-            f"fine-tuning needs images of every class of the model; {dataset} has none of the "
-            f"labels {missing}"
-        )
-    return ClassSubset(dataset, [known.index(label) for label in classes])
-
-
-def _drawn(dataset: Dataset[Any], images: int | None, seed: int) -> Dataset[Any]:
-    if images is None:
-        return dataset
-    if isinstance(dataset, ImageTensors):
-        return few(dataset, images, seed=seed)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    return Subset(dataset, order[:images].tolist())
+def _in_all_networks(model: nn.Module, tensors: Collection[str]) -> set[str]:
+    """Return the state-dict keys of ``model`` that stand for ``tensors`` of each task's network."""
+    if not isinstance(model, MultiTaskNetwork):
+        return set(tensors)
+    networks = range(len(model.networks))
+    return {f"networks.{number}.{key}" for number in networks for key in tensors}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fusion.data import ImageTensors, batches, number_of_batches, seed_from
+from fusion.data import batches, seed_from
 from fusion.errors import UserError
+from fusion.training.feeding import Feed, TrainingData
 from fusion.training.freezing import freeze
 from fusion.training.history import Epoch, History, Scores
 from fusion.training.restoring import restored
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 def fit(
     model: nn.Module,
-    dataset: Dataset[Any],
+    dataset: TrainingData,
     *,
-    val: Dataset[Any] | None = None,
+    val: TrainingData | None = None,
     epochs: int = 10,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
@@ -51,12 +51,15 @@ def fit(
 
     The same call on the same machine gives the same bits: order, augmentation and dropout come
     from ``seed``, and torch's global generator is neither used nor disturbed. Modes, device,
-    types, memory format and ``requires_grad`` are given back as they came. A last batch that is
-    not full is left out of each pass (other images each time), for batch norm's sake.
+    types, memory format and ``requires_grad`` are restored. A last batch that is not full is left
+    out of each pass (other images each time), for batch norm's sake.
 
     Args:
-        model: takes images (N, C, H, W), gives logits (N, classes).
-        dataset: :class:`~fusion.data.ImageTensors`, or any map-style set of normalised tensors.
+        model: takes images (N, C, H, W), returns logits (N, classes); with data of several tasks
+            it also takes the name of the task.
+        dataset: :class:`~fusion.data.ImageTensors`, or any map-style set of normalised tensors;
+            or task → data set for a :class:`~fusion.models.MultiTaskNetwork`, whose loss is then
+            the mean over the tasks.
         val: images to score after every pass, in the network's evaluation mode.
         epochs: passes over the data.
         lr: the highest learning rate.
@@ -89,9 +92,18 @@ def fit(
             raise UserError(f"{option}: {value} was asked for; give 1 or more")
     if max_batches is not None and max_batches < 1:
         raise UserError(f"max_batches: {max_batches} was asked for; give 1 or more, or none")
-    limit = None if max_batches is None else max_batches * batch_size
-    steps = number_of_batches(dataset, batch_size=batch_size, limit=limit, drop_last=True)
     fabric = fabric or _default_fabric()
+    feed = Feed(
+        dataset,
+        batch_size=batch_size,
+        device=fabric.device,
+        max_batches=max_batches,
+        seed=seed,
+        augment=augment,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    steps = feed.steps
     rates = (
         lr * learning_rate_factor(schedule, step, epochs * steps) for step in itertools.count()
     )
@@ -131,30 +143,25 @@ def fit(
             start = time.perf_counter()
             train_mode()
             scorer = Scorer(processes=fabric.world_size)
-            for images, labels in batches(
-                dataset,
-                batch_size=batch_size,
-                device=fabric.device,
-                shuffle=True,
-                seed=seed_from(seed, "epoch", epoch),
-                augment=augment,
-                limit=limit,
-                rank=fabric.global_rank,
-                world_size=fabric.world_size,
-                drop_last=True,
-            ):
+            for parts in feed.epoch(epoch):
                 optimizer.param_groups[0]["lr"] = next(rates)
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                logits = network(images)
-                _check_outputs(logits, dataset)
-                loss = F.cross_entropy(logits, labels)
+                losses = []
+                outputs = 0  # of the tasks so far: their classes are counted one after another
+                for part in parts:
+                    images = part.images
+                    if channels_last:
+                        images = images.contiguous(memory_format=torch.channels_last)
+                    logits = network(images, **_named(part.task))
+                    _check_outputs(logits, dataset, part.task)
+                    losses.append(F.cross_entropy(logits, part.labels))
+                    scorer.update(losses[-1], logits, part.labels, first=outputs)
+                    outputs += logits.shape[1]
+                loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
                 optimizer.zero_grad()
                 fabric.backward(loss)
                 optimizer.step()
-                scorer.update(loss, logits, labels)
                 bar.update()
-            train = scorer.compute(logits.shape[1])
+            train = scorer.compute(outputs)
             if not math.isfinite(train.loss):
                 raise UserError(
                     f"lr: the loss is {train.loss} after {epoch + 1} passes at a learning rate of "
@@ -173,11 +180,17 @@ def _default_fabric() -> Fabric:
     return Fabric(accelerator="auto", devices=1)
 
 
-def _check_outputs(logits: Tensor, dataset: Dataset[Any]) -> None:
-    if isinstance(dataset, ImageTensors) and dataset.num_classes > logits.shape[1]:
+def _named(task: str | None) -> dict[str, str]:
+    return {} if task is None else {"task": task}
+
+
+def _check_outputs(logits: Tensor, data: TrainingData, task: str | None) -> None:
+    dataset = data[task] if isinstance(data, Mapping) and task is not None else data
+    classes = getattr(dataset, "class_names", None) or getattr(dataset, "classes", None)
+    if classes is not None and len(classes) > logits.shape[1]:
         raise UserError(
-            f"dataset: it has {dataset.num_classes} classes, the model {logits.shape[1]} outputs; "
-            f"give the model a head for all classes"
+            f"dataset: it has {len(classes)} classes, the model {logits.shape[1]} outputs"
+            f"{f' for the task {task!r}' if task else ''}; give the model a head for all classes"
         )
 
 
@@ -208,24 +221,28 @@ def _agree_on_buffers(fabric: Fabric, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _score(fabric: Fabric, model: nn.Module, dataset: Dataset[Any], batch_size: int) -> Scores:
+def _score(fabric: Fabric, model: nn.Module, data: TrainingData, batch_size: int) -> Scores:
     # The bare module: processes have different numbers of batches here, and compiling for the
     # size of each last batch would take longer than to score it.
     model.eval()
     dtype = next(model.parameters()).dtype  # not float32 under Fabric's "true" half precisions
     scorer = Scorer(processes=fabric.world_size)
-    for images, labels in batches(
-        dataset,
-        batch_size=batch_size,
-        device=fabric.device,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    ):
-        with fabric.autocast():
-            logits = model(images.to(dtype))
-        _check_outputs(logits, dataset)
-        scorer.update(F.cross_entropy(logits.float(), labels), logits, labels)
-    return scorer.compute(logits.shape[1])
+    outputs = 0
+    for task, dataset in (data if isinstance(data, Mapping) else {None: data}).items():
+        for images, labels in batches(
+            dataset,
+            batch_size=batch_size,
+            device=fabric.device,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        ):
+            with fabric.autocast():
+                logits = model(images.to(dtype), **_named(task))
+            _check_outputs(logits, data, task)
+            loss = F.cross_entropy(logits.float(), labels)
+            scorer.update(loss, logits, labels, first=outputs)
+        outputs += logits.shape[1]
+    return scorer.compute(outputs)
 
 
 def _figures(train: Scores, val: Scores | None) -> dict[str, str]:

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.data import Dataset
 
 from fusion.data import seed_from
 from fusion.errors import UserError
 from fusion.models import find_layers
 from fusion.training.restoring import restored
-from fusion.training.sampling import check_enough_images, check_sample_size, sample_images
+from fusion.training.sampling import (
+    Images,
+    check_enough_images,
+    check_sample_size,
+    sample_images,
+)
 from fusion.weights import exact_device, image_dtype, working_dtype
 
 
@@ -35,7 +39,7 @@ class ChannelStatistics:
 def repair(
     model: nn.Module,
     members: Sequence[nn.Module],
-    dataset: Dataset[Any],
+    data: Images,
     *,
     weights: Sequence[float] | None = None,
     images: int = 2000,
@@ -66,7 +70,7 @@ def repair(
     Args:
         model: the merged network; its weights, biases and batch norms are changed.
         members: the networks it was merged from, aligned; they are not changed.
-        dataset: training images.
+        data: training images: a data set, or several by name, of which equally many are drawn.
         weights: of the members; only their ratios count. Equal ones by default.
         images: size of the sample, drawn at random; all images if there are fewer.
         batch_size: images per forward pass.
@@ -81,12 +85,12 @@ def repair(
     """
     shares = _shares(weights, len(members))
     check_sample_size(images, batch_size)
-    check_enough_images(dataset, "repair")
+    check_enough_images(data, "repair")
     where = exact_device(device if device is not None else next(model.parameters()).device)
 
     sample = partial(
         sample_images,
-        dataset,
+        data,
         images=images,
         batch_size=batch_size,
         seed=seed_from(seed, "repair"),

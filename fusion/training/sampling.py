@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+import itertools
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fusion.data import batches
+from fusion.data import batches, seed_from
 from fusion.errors import UserError
+
+Images = Dataset[Any] | Mapping[str, Dataset[Any]]
+"""A data set, or several by name, of which samples are drawn equally."""
 
 
 def check_sample_size(images: int, batch_size: int) -> None:
@@ -24,18 +28,19 @@ def check_sample_size(images: int, batch_size: int) -> None:
             raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
 
 
-def check_enough_images(dataset: Dataset[Any], what: str) -> None:
-    """Check that ``dataset``, where it knows its length, has two images to ``what`` on.
+def check_enough_images(data: Images, what: str) -> None:
+    """Check that ``data``, where its length is known, has two images to ``what`` on.
 
     Raises:
         UserError: it has fewer.
     """
-    if isinstance(dataset, Sized) and len(dataset) < 2:
+    parts = list(data.values()) if isinstance(data, Mapping) else [data]
+    if all(isinstance(part, Sized) for part in parts) and sum(map(len, parts)) < 2:  # type: ignore[arg-type]
         raise UserError(f"dataset: one image has no variance; {what} on 2 images or more")
 
 
 def sample_images(
-    dataset: Dataset[Any],
+    data: Images,
     *,
     images: int,
     batch_size: int,
@@ -44,14 +49,33 @@ def sample_images(
 ) -> Iterator[Tensor]:
     """Yield batches of images drawn at random, without their labels.
 
+    From several data sets equally many images are drawn, and every batch holds some of each;
+    where their images differ in size, each batch comes in parts of one size.
+
     Args:
-        dataset: where they are drawn from.
+        data: where they are drawn from: a data set, or name → data set.
         images: how many, at most.
         batch_size: of each batch; the last may be smaller.
-        seed: of the draw.
+        seed: of the draw; each of several data sets has a seed of its own, made from its name.
         device: where they are wanted.
     """
-    for pictures, _ in batches(
-        dataset, batch_size=batch_size, device=device, shuffle=True, seed=seed, limit=images
-    ):
-        yield pictures
+    if not isinstance(data, Mapping):
+        for pictures, _ in batches(
+            data, batch_size=batch_size, device=device, shuffle=True, seed=seed, limit=images
+        ):
+            yield pictures
+        return
+    parts = [
+        sample_images(
+            part,
+            images=max(1, images // len(data)),
+            batch_size=max(1, batch_size // len(data)),
+            seed=seed_from(seed, name),
+            device=device,
+        )
+        for name, part in data.items()
+    ]
+    for drawn in itertools.zip_longest(*parts):
+        present = [batch for batch in drawn if batch is not None]
+        for size in dict.fromkeys(batch.shape[1:] for batch in present):
+            yield torch.cat([batch for batch in present if batch.shape[1:] == size])

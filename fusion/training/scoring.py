@@ -24,11 +24,18 @@ class Scorer:
         self._predictions: list[Tensor] = []
         self._labels: list[Tensor] = []
 
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss, logits (n, classes) and labels (n,)."""
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor, *, first: int = 0) -> None:
+        """Add a batch: its mean loss, logits (n, classes) and labels (n,).
+
+        Args:
+            loss: mean over the batch.
+            logits: (n, classes).
+            labels: (n,).
+            first: number of the first class, where several tasks are counted one after another.
+        """
         self._losses.append(loss.detach() * len(labels))
-        self._predictions.append(logits.detach().argmax(1))
-        self._labels.append(labels)
+        self._predictions.append(logits.detach().argmax(1) + first)
+        self._labels.append(labels + first)
 
     def compute(self, num_classes: int) -> Scores:
         """Return the scores of everything added; every process must take part."""

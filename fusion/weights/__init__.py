@@ -4,14 +4,24 @@ Everything here is plain torch: it knows no models, no pools and no configuratio
 """
 
 from fusion.weights.linear import lerp, weighted_mean
-from fusion.weights.precision import exact_device, image_dtype, working_dtype
+from fusion.weights.operands import normalised_weights
+from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
+from fusion.weights.precision import exact_device, image_dtype, widened, working_dtype
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
     read_metadata,
     save_safetensors,
 )
-from fusion.weights.source import ModuleSource, TensorInfo, TensorSource
+from fusion.weights.source import (
+    ModuleSource,
+    RenamedSource,
+    StateDictSource,
+    TensorInfo,
+    TensorSource,
+    load_tensors,
+    tensors_of,
+)
 from fusion.weights.spherical import slerp, spherical_mean
 from fusion.weights.state_dict import (
     StateDict,
@@ -29,15 +39,21 @@ from fusion.weights.ties_merging import ties, trim
 
 __all__ = [
     "ModuleSource",
+    "RenamedSource",
     "SafetensorsSource",
     "StateDict",
+    "StateDictSource",
     "TensorInfo",
     "TensorSource",
     "exact_device",
     "image_dtype",
     "lerp",
+    "load_pickled",
     "load_safetensors",
+    "load_tensors",
+    "normalised_weights",
     "read_metadata",
+    "require_dense",
     "require_same_keys",
     "save_safetensors",
     "slerp",
@@ -48,10 +64,13 @@ __all__ = [
     "state_dict_sub",
     "state_dict_to_vector",
     "state_dict_weighted_sum",
+    "state_dicts",
+    "tensors_of",
     "ties",
     "trainable_state_dict",
     "trim",
     "vector_to_state_dict",
     "weighted_mean",
+    "widened",
     "working_dtype",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
     """
     if weights is None:
         return [1 / count] * count
+    if not all(isinstance(w, Real) and not isinstance(w, bool) for w in weights):
+        raise UserError(f"the weights {list(weights)} are no shares; give numbers")
     values = [float(weight) for weight in weights]
     if len(values) != count:
         raise UserError(f"there are {len(values)} weights for {count} tensors; give one for each")

@@ -17,6 +17,11 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return dtype
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` on the CPU in float32, or in float64 where it is that."""
+    return tensor.detach().to("cpu", working_dtype([tensor]))
+
+
 def image_dtype(model: nn.Module) -> torch.dtype:
     """Return the type in which ``model`` takes images: its parameters', float32 if they differ."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -1,7 +1,5 @@
 """Checkpoints in the safetensors format: written whole, read tensor by tensor or piece by piece.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of the
-header, a JSON header with dtype, shape and place of each tensor, then the little-endian data.
 Pieces are read with plain file reads rather than through a memory map, since the pages of a map
 count as this process's memory for as long as it is open.
 
@@ -14,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,28 +19,10 @@ from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.files import atomic_path
+from fusion.weights.safetensors_header import damaged, read_header, sort_metadata
 from fusion.weights.source import TensorInfo, TensorSource
 
 TIED = "fusion.tied"  # metadata key: JSON object, name -> the name under which the tensor is kept
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
 
 
 class SafetensorsSource(TensorSource):
@@ -57,30 +36,14 @@ class SafetensorsSource(TensorSource):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        header, data_start = _read_header(self.path)
-        metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.tied: dict[str, str] = json.loads(metadata.pop(TIED, "{}"))
-        self.metadata = metadata
-        self._infos: dict[str, TensorInfo] = {}
-        self._offsets: dict[str, int] = {}
-        end = data_start
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
-                raise UserError(f"{self.path}: '{name}' has the unknown dtype {entry['dtype']}")
-            info = TensorInfo(tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-            begin, stop = entry["data_offsets"]
-            if stop - begin != info.nbytes:
-                raise _damaged(self.path, f"'{name}' does not have the size of its shape")
-            self._infos[name] = info
-            self._offsets[name] = data_start + begin
-            end = max(end, data_start + stop)
-        if self.path.stat().st_size != end:
-            raise _damaged(
-                self.path, f"it has {self.path.stat().st_size:,} bytes instead of {end:,}"
-            )
+        header = read_header(self.path)
+        self.metadata = header.metadata
+        self.tied = _tied_names(self.path, self.metadata.pop(TIED, "{}"), header.infos)
+        self._infos = header.infos
+        self._starts = header.starts
         for name, kept in self.tied.items():
             self._infos[name] = self._infos[kept]
-            self._offsets[name] = self._offsets[kept]
+            self._starts[name] = self._starts[kept]
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name`` from the header."""
@@ -93,11 +56,11 @@ class SafetensorsSource(TensorSource):
         part = torch.empty(max(stop - start, 0), dtype=info.dtype)
         target = part.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[name] + start * info.dtype.itemsize)
+            file.seek(self._starts[name] + start * info.dtype.itemsize)
             while target:
                 count = file.readinto(target)
                 if not count:
-                    raise _damaged(self.path, f"it ends within '{name}'")
+                    raise damaged(self.path, f"it ends within '{name}'")
                 target = target[count:]
         return part
 
@@ -116,7 +79,7 @@ def save_safetensors(
     Names of one and the same tensor (equal storage, shape and strides) are written once and tied
     again by ``load_safetensors``. Other views into a common storage are written as tensors of
     their own. Every tensor is written in C order: the values of a channels-last tensor come back
-    the same, contiguous. The file orders the names in its own way.
+    the same, contiguous. The file orders the names in its own way; equal input gives equal bytes.
 
     Args:
         path: the file; its folder is made if need be.
@@ -155,6 +118,7 @@ def save_safetensors(
         notes[TIED] = json.dumps(tied)
     with atomic_path(path) as temporary:
         save_file(kept, temporary, metadata=notes)
+        sort_metadata(temporary)
 
 
 def load_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -180,27 +144,24 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return SafetensorsSource(path).metadata
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the JSON header of ``path`` and the position at which the data begin."""
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}'; give the path of a safetensors checkpoint")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise _damaged(path, "its header is cut off")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise _damaged(path, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    return header, 8 + length
+def _tied_names(path: Path, text: str, stored: Mapping[str, object]) -> dict[str, str]:
+    """Return the further names of stored tensors that the metadata ``TIED`` list."""
+    try:
+        tied = json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets
+        raise damaged(path, f"its metadata '{TIED}' is not JSON") from error
+    if not isinstance(tied, dict):
+        raise damaged(path, f"its metadata '{TIED}' is not a JSON object")
+    for name, kept in tied.items():
+        known = isinstance(kept, str) and kept in stored and name not in stored
+        if not known or not _is_unicode(name):
+            raise damaged(path, f"its metadata '{TIED}' ties names to tensors that are not there")
+    return tied
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"'{path}' is damaged or no safetensors file: {what}; write or download it again"
-    )
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` has no half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusion.errors import UserError
-
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -75,22 +73,11 @@ class TensorSource(Mapping[str, Tensor]):
         return self.read(name, 0, info.numel).reshape(info.shape)
 
 
-class ModuleSource(TensorSource):
-    """The state dict of a module as a source; it shows the module's own tensors, not copies.
+class StateDictSource(TensorSource):
+    """Tensors that are already there as a source; it shows these tensors, not copies."""
 
-    Raises:
-        UserError: the module keeps extra state that is not a tensor.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        for name, tensor in module.state_dict().items():
-            if not isinstance(tensor, Tensor):
-                raise UserError(
-                    f"'{name}' of {type(module).__name__} is extra state of the type "
-                    f"{type(tensor).__name__}; only tensors can be merged"
-                )
-            self._tensors[name] = tensor.detach()
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of the tensor ``name``."""
@@ -117,3 +104,64 @@ class ModuleSource(TensorSource):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module by their state-dict keys.
+
+    What else a state dict may hold (extra state of any kind, packed weights of quantised layers)
+    has no mean and no norm: it stays with the module that it belongs to.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    named |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
+    return {key: tensor for key, tensor in module.state_dict().items() if key in named}
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the parameters and buffers of a module, in place.
+
+    Args:
+        module: the module; keys that are missing from ``tensors`` keep their values.
+        tensors: state-dict keys and tensors, of the module's shapes.
+    """
+    current = tensors_of(module)
+    for key, tensor in tensors.items():
+        current[key].copy_(tensor)
+
+
+class ModuleSource(StateDictSource):
+    """The tensors of a module as a source; it shows the module's own, not copies."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(tensors_of(module))
+
+
+class RenamedSource(TensorSource):
+    """Some tensors of another source, under other names.
+
+    Args:
+        source: where the tensors lie.
+        names: new name → name in ``source``.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
+        self._source = source
+        self._names = dict(names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of the tensor ``name``."""
+        return self._source.info(self._names[name])
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of the tensor ``name`` as a vector in C order."""
+        return self._source.read(self._names[name], start, stop)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -50,19 +50,32 @@ def ties(
     shares = normalised_weights(weights, len(ends))
     changes = [trim(end - start, density) for end in ends]
 
-    mass = torch.zeros_like(start)
+    merged = sign_elected_mean(changes, shares)
+    return start.add(merged, alpha=float(scale)).to(base.dtype)
+
+
+def sign_elected_mean(changes: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return the mean of the changes whose sign has the larger mass, entry by entry.
+
+    Args:
+        changes: trimmed changes, all of one shape; zeros abstain.
+        shares: their weights.
+
+    Returns:
+        A new tensor of that shape; 0 where the masses cancel exactly.
+    """
+    mass = torch.zeros_like(changes[0])
     for change, share in zip(changes, shares, strict=True):
         mass.add_(change, alpha=share)
     elected = mass.sign()
 
-    total = torch.zeros_like(start)
-    voices = torch.zeros_like(start)
+    total = torch.zeros_like(mass)
+    voices = torch.zeros_like(mass)
     for change, share in zip(changes, shares, strict=True):
         agrees = (change.sign() == elected) & (elected != 0)
         total.add_(torch.where(agrees, change, 0), alpha=share)
         voices.add_(agrees, alpha=share)
-    merged = total / voices.where(voices > 0, 1)
-    return start.add(merged, alpha=float(scale)).to(base.dtype)
+    return total / voices.where(voices > 0, 1)
 
 
 def trim(change: Tensor, density: float) -> Tensor:

@@ -8,13 +8,13 @@ import pytest
 
 import fusion
 from fusion.cli.help import help_text
-from fusion.cli.main import config_dir
+from fusion.config_folder import config_folder
 
-FILES = sorted(file for file in config_dir().rglob("*.yaml") if file.parent != config_dir())
+FILES = sorted(file for file in config_folder().rglob("*.yaml") if file.parent != config_folder())
 
 
 def group_of(file: Path) -> str:
-    return str(file.parent.relative_to(config_dir()))
+    return str(file.parent.relative_to(config_folder()))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def groups() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     names = {group_of(file) for file in FILES}
     group = choice = None
-    for line in help_text(config_dir()).splitlines():
+    for line in help_text(config_folder()).splitlines():
         entry = re.match(r"  (\S+)(?:  +(.*))?$", line)
         if line in names:
             group = found.setdefault(line, {})
@@ -46,8 +46,8 @@ def test_every_choice_is_listed_with_its_description(groups, file) -> None:
 
 
 def test_it_lists_every_key_the_flags_and_three_commands() -> None:
-    text = help_text(config_dir())
-    primary = (config_dir() / "fusion_bench.yaml").read_text(encoding="utf-8")
+    text = help_text(config_folder())
+    primary = (config_folder() / "fusion_bench.yaml").read_text(encoding="utf-8")
     for key, comment in re.findall(r"^(\w+): .*# (.*)$", primary, re.MULTILINE):
         assert re.search(rf"^  {key} +{re.escape(comment[:30])}", text, re.MULTILINE), key
     assert len(re.findall(r"^  fusion_bench .*modelpool=", text, re.MULTILINE)) >= 3
@@ -110,7 +110,7 @@ def test_an_installed_package_brings_its_yaml(command, tmp_path) -> None:
     package = Path(fusion.__file__).parent
     site = tmp_path / "site"
     shutil.copytree(package, site / "fusion", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(config_dir(), site / "fusion" / "config")
+    shutil.copytree(config_folder(), site / "fusion" / "config")
     (site / "fusion" / "config" / "method" / "only_there.yaml").write_text("# Only there.\n")
     answer = command("-m", "fusion", "--help", python=("-P",), PYTHONPATH=str(site))
     assert "only_there" in answer.out

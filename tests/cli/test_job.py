@@ -44,7 +44,7 @@ def test_the_report_sets_everything_side_by_side(run) -> None:
     report = json.loads((folder / "report.json").read_text())
     evaluation = report["evaluation"]
     control = "_pretrained_, batch norm recalibrated"
-    assert list(evaluation) == [*MEMBERS, control, "merged"]
+    assert list(evaluation) == [*MEMBERS, "ensemble", control, "merged"]
     assert set(evaluation["merged"]) == {"digits", "classes 0-3", "classes 4-9"}
     assert set(evaluation["expert_a"]) == {"classes 0-3"}
     assert set(evaluation["expert_b"]) == {"classes 4-9"}
@@ -70,7 +70,7 @@ def test_the_model_needs_nothing_but_its_file(run) -> None:
     tasks = ClassificationTaskPool(
         {"digits": {"_target_": "fusion.data.digits", "split": "test"}}, fast_dev_run=True
     )
-    found = tasks.evaluate(model, classes=pool.classes("merged"))["digits"]
+    found = tasks.evaluate(model, labels=pool.labels("merged"))["digits"]
     report = json.loads((folder / "report.json").read_text())
     assert found["accuracy"] == report["evaluation"]["merged"]["digits"]["accuracy"]
     provenance = json.loads(read_metadata(folder / "merged.safetensors")["provenance"])
@@ -113,7 +113,7 @@ def test_a_finished_run_is_replaced_only_when_asked(main_in, tmp_path, capsys) -
     before = (tmp_path / "run" / "report.json").read_text()
     with pytest.raises(SystemExit):
         main_in(*arguments)
-    assert "is there already, from an earlier run" in capsys.readouterr().err
+    assert "holds a finished run" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.json").read_text() == before
     main_in(*arguments, "overwrite=true", "seed=3")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["seed"] == 3

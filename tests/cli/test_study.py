@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from fusion.cli.main import config_dir, main
+from fusion.cli.main import main
 from fusion.cli.sweep import already_finished
+from fusion.config_folder import config_folder
 from fusion.errors import UserError
+from fusion.run_folder import save_report
 from fusion.target import build
 
 Sweep = Callable[..., int]
@@ -116,7 +118,7 @@ def test_a_dry_sweep_leaves_nothing(sweep: Sweep, tmp_path: Path) -> None:
 def test_only_the_same_configuration_counts_as_finished(tmp_path: Path) -> None:
     config = "seed: 0\nmethod:\n  top_p: 0.1\noverwrite: false\n"
     assert not already_finished(tmp_path, config, overwrite=False)
-    (tmp_path / "report.json").write_text("{}")
+    save_report(tmp_path, {})
     (tmp_path / "config.yaml").write_text(config)
     assert already_finished(tmp_path, config, overwrite=False)
     assert not already_finished(tmp_path, config, overwrite=True)
@@ -132,7 +134,7 @@ def test_summarize_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_merge_of_the_study_is_a_method() -> None:
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
         study = compose(
             "fusion_bench",
             ["experiment=snr_study", "modelpool=digits"],
@@ -142,7 +144,7 @@ def test_every_merge_of_the_study_is_a_method() -> None:
         axes = study.hydra.sweeper.params
         assert axes.finetune == "head,selective,full"
         merges = axes.merge.split(",")
-        shipped = {file.stem for file in (config_dir() / "merge").glob("*.yaml")}
+        shipped = {file.stem for file in (config_folder() / "merge").glob("*.yaml")}
         assert set(merges) == shipped
         for merge in merges:
             overrides = ["experiment=snr_study", "modelpool=digits", f"merge={merge}"]

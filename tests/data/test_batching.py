@@ -145,9 +145,8 @@ class Pictures(Pairs):
         (None, {"augment": True}, "the data set says no augmentation"),
         (None, {"rank": 2, "world_size": 2}, "process 2 of 2"),
         (None, {"batch_size": 1, "world_size": 2}, "at least one image"),
-        (Pairs(), {"augment": True}, "augments by its own transform"),
         (Stream(), {}, "a Stream has no length"),
-        (Pictures(), {}, "gives images of type str"),
+        (Pictures(), {}, "gives an image of type str at index 0; give it a transform"),
     ],
 )
 def test_what_cannot_be_read_is_refused(

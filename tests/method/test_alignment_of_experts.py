@@ -47,8 +47,9 @@ def test_without_alignment_the_same_merge_is_another(base, peers, strangers, equ
     assert not equal(known, merge.run({"_pretrained_": base, **strangers}))
 
 
-def test_experts_with_heads_of_their_own_are_aligned_too(base, experts, equal):
-    merge = SNRSelectiveMerge(top_p=1.0, batch_norm="merge", plot=False)
+@pytest.mark.parametrize("head", ["pretrained", "tasks"])
+def test_experts_with_heads_of_their_own_are_aligned_too(base, experts, equal, head):
+    merge = SNRSelectiveMerge(top_p=1.0, head=head, batch_norm="merge", plot=False)
     known = merge.run({"_pretrained_": base, **experts})
     shuffles = {name: shuffled(expert, 3) for name, expert in experts.items()}
     assert equal(known, merge.run({"_pretrained_": base, **shuffles}))
@@ -104,7 +105,8 @@ def test_merge_many_keeps_the_references_own_tensors_in_the_common_order(base, t
     base = copy.deepcopy(base)
     base.linear = nn.Sequential(base.linear, nn.BatchNorm1d(base.linear.out_features)).eval()
     pool = BaseModelPool({"_pretrained_": base, **experts})
-    head = GitReBasin(batch_norm="merge", merge_many=True, plot=False).run(pool).eval()
+    options = {"head": "pretrained", "batch_norm": "merge", "plot": False}
+    head = GitReBasin(merge_many=True, **options).run(pool).eval()
     with torch.no_grad():
         for merged in (statistics, head):
             torch.testing.assert_close(merged(images), base(images), rtol=1e-4, atol=1e-4)
@@ -149,7 +151,7 @@ def test_the_pretrained_model_is_the_reference_and_no_part_of_the_mean(base, pee
         if tensor.is_floating_point() and "running" not in key:
             mean = torch.stack([expert.state_dict()[key] for expert in peers.values()]).mean(0)
             torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-6)
-    assert "mean without alignment" in rebasin.references
+    assert "mean without alignment" in rebasin.controls
 
 
 def test_without_images_statistics_are_interpolated_or_those_of_the_mixture(peers):

@@ -108,8 +108,7 @@ def test_the_pool_is_checked_before_the_run(base) -> None:
 def test_profile_counts_and_adds_up_also_when_the_block_fails(base) -> None:
     algorithm = Telling()
     algorithm.run([base])
-    algorithm.run([base])
-    assert algorithm.timings["load"].calls == algorithm.timings["run"].calls == 2
+    assert algorithm.timings["load"].calls == algorithm.timings["run"].calls == 1
     assert 0 < algorithm.timings["load"].seconds <= algorithm.timings["run"].seconds
     with pytest.raises(KeyError), algorithm.profile("fails"):
         raise KeyError
@@ -135,13 +134,53 @@ def test_fabric_works_with_no_set_up_and_can_be_set() -> None:
     assert algorithm.fabric.device == torch.device("cpu")
 
 
+def test_report_controls_and_timings_belong_to_one_run(base) -> None:
+    class Noting(Telling):
+        def run(self, modelpool: BaseModelPool) -> nn.Module:
+            self.report[f"run {len(self.told)}"] = True
+            self.controls[f"control {len(self.told)}"] = lambda: base
+            return super().run(modelpool)
+
+    algorithm = Noting()
+    algorithm.run([base])
+    first = algorithm.record
+    algorithm.run([base])
+    assert list(first.report) == ["run 1"]
+    assert list(algorithm.report) == ["run 4"]
+    assert list(algorithm.controls) == ["control 4"]
+    assert algorithm.timings["load"].calls == 1
+
+
+class GivesARun:
+    """A mixin that brings ``run``, and knows no algorithm."""
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        assert isinstance(modelpool, BaseModelPool)
+        return modelpool.load_pretrained_or_first_model()
+
+
+def test_a_run_from_a_mixin_or_assigned_later_receives_a_pool(base, equal) -> None:
+    class Mixed(GivesARun, BaseAlgorithm):
+        pass
+
+    class Assigned(Telling):
+        pass
+
+    Assigned.run = GivesARun.run
+    own = Telling()
+    own.run = GivesARun().run
+    for algorithm in (Mixed(), Assigned(), own):
+        assert equal(algorithm.run({"_pretrained_": base}), base)
+        assert algorithm.timings["run"].calls == 1
+
+
 def test_two_algorithms_share_no_report(base) -> None:
     one, other = Telling(), Telling()
     one.report["x"] = 1
-    one.references["y"] = lambda: base
+    one.controls["y"] = lambda: base
     one.run([base])
     assert other.report == {}
-    assert other.references == {}
+    assert other.controls == {}
     assert other.timings == {}
     assert other.output_path is None
     assert other.progress is None

@@ -68,7 +68,7 @@ def test_a_line_between_networks_of_two_shapes_is_refused(pair, base, train_digi
     networks = {"first": base, "second": other}
     datasets = {"_pretrained_": train_digits}
     pool = BaseModelPool(networks, train_datasets=datasets, test_datasets=datasets)
-    with pytest.raises(UserError, match=r"'linear\.weight' is .* a line needs two networks of one"):
+    with pytest.raises(UserError, match="'first' and 'second' have different classes"):
         InterpolationBarrier().run(pool)
 
 
@@ -87,3 +87,23 @@ def test_what_is_missing_is_told(pair, base):
             InterpolationBarrier(**{option: given})
     with pytest.raises(UserError, match="calibration_images is 1"):
         InterpolationBarrier(calibration_images=1)
+
+
+def test_classes_in_another_order_are_measured_by_their_labels(base, train_digits, test_digits):
+    """The outputs of both networks stand for the digits backwards."""
+    turned = copy.deepcopy(base)
+    with torch.no_grad():
+        turned.linear.weight.copy_(base.linear.weight.flip(0))
+        turned.linear.bias.copy_(base.linear.bias.flip(0))
+    data = {"train_datasets": train_digits, "test_datasets": test_digits}
+    options = {name: {"_pretrained_": dataset} for name, dataset in data.items()}
+
+    def accuracies(network, classes):
+        models = {"first": network, "second": copy.deepcopy(network)}
+        pool = BaseModelPool(models, classes=dict.fromkeys(models, classes), **options)
+        walk = InterpolationBarrier(alignments=["none"], batch_norm=["merge"], points=3)
+        walk.run(pool)
+        return walk.table["accuracy"].tolist()
+
+    digits = list("0123456789")
+    assert accuracies(base, digits) == accuracies(turned, digits[::-1])

@@ -24,7 +24,9 @@ INTERPOLATIONS = ("lerp", "slerp", "ties")
 
 
 def merge(models, **options) -> tuple[nn.Module, SNRSelectiveMerge]:
-    algorithm = SNRSelectiveMerge(**{"batch_norm": "pretrained", "plot": False, **options})
+    algorithm = SNRSelectiveMerge(
+        **{"batch_norm": "pretrained", "head": "pretrained", "plot": False, **options}
+    )
     return algorithm.run(models), algorithm
 
 
@@ -97,7 +99,7 @@ def test_the_inputs_are_left_alone(pool, train_digits, equal) -> None:
     result, algorithm = merge(
         given, top_p=1.0, batch_norm="recalibrate", head="union", calibration_images=300
     )
-    for reference in algorithm.references.values():
+    for reference in algorithm.controls.values():
         reference()
     with torch.no_grad():
         for parameter in result.parameters():
@@ -108,7 +110,9 @@ def test_the_inputs_are_left_alone(pool, train_digits, equal) -> None:
 
 
 def test_a_merge_takes_one_line_of_python(pool) -> None:
-    assert isinstance(SNRSelectiveMerge(top_p=0.1, plot=False).run(pool), type(pool["a"]))
+    assert isinstance(
+        SNRSelectiveMerge(top_p=0.1, head="pretrained", plot=False).run(pool), type(pool["a"])
+    )
 
 
 def test_one_expert_is_enough(base, experts) -> None:
@@ -290,16 +294,17 @@ def test_a_head_of_one_shape_is_a_layer_like_the_others(base, peers) -> None:
 def test_union_puts_the_rows_where_their_labels_say(base, experts, net, test_digits) -> None:
     classes = {"a": (8, 3, 1), "b": (0, 9, 2, 4, 7, 6)}  # nobody knows a 5: the base's row stays
     experts = {name: net(len(own), seed=3) for name, own in classes.items()}
-    pool = BaseModelPool({"_pretrained_": base, **experts}, classes=classes)
+    known = {"_pretrained_": range(10), **classes}
+    pool = BaseModelPool({"_pretrained_": base, **experts}, classes=known)
     result, algorithm = merge(pool, head="union", top_p=0.2, align=False)  # strangers move
     for name, own in classes.items():
         for row, label in enumerate(own):
             assert torch.equal(result.linear.weight[label], experts[name].linear.weight[row])
             assert torch.equal(result.linear.bias[label], experts[name].linear.bias[row])
     assert torch.equal(result.linear.weight[5], base.linear.weight[5])
-    labels = algorithm.result_classes(pool)
+    labels = algorithm.result_labels(pool)
     tasks = ClassificationTaskPool({"all": test_digits}, fast_dev_run=True)
-    assert tasks.evaluate(result, classes=labels)["all"]["images"] == 500
+    assert tasks.evaluate(result, labels=labels)["all"]["images"] == 500
 
 
 def test_union_of_experts_beyond_the_base(net, test_digits) -> None:
@@ -308,7 +313,7 @@ def test_union_of_experts_beyond_the_base(net, test_digits) -> None:
     models = {name: net(len(own), seed=k) for k, (name, own) in enumerate(classes.items())}
     pool = BaseModelPool(models, classes=classes)
     result, algorithm = merge(pool, head="union", top_p=0.2, align=False)  # strangers move
-    assert algorithm.result_classes(pool) == (3, 4, 5, 6, 7, 8, 9)
+    assert algorithm.result_labels(pool).labels == (3, 4, 5, 6, 7, 8, 9)
     assert result.linear.out_features == 7
     assert torch.equal(result.linear.weight[6], models["a"].linear.weight[0])
     assert torch.equal(result.linear.weight[1], models["b"].linear.weight[4])
@@ -367,7 +372,7 @@ def test_the_control_is_the_base_under_the_same_treatment(
 ) -> None:
     given = BaseModelPool(pool, train_datasets={"_pretrained_": train_digits})
     result, algorithm = merge(given, batch_norm=treatment, calibration_images=200, top_p=0.5)
-    ((name, make),) = algorithm.references.items()
+    ((name, make),) = algorithm.controls.items()
     control = make()
     assert name.startswith("_pretrained_")
     assert differing(control, base) <= {
@@ -446,12 +451,12 @@ def test_the_notebook_to_the_letter(base, peers, top_p) -> None:
 
 
 def test_the_notebooks_rule_for_two_models(base, peers) -> None:
-    """Where the changes differ in sign the larger one wins, else their mean."""
-    options = {"scoring": "notebook", "interpolation": "ties", "weighting": "equal", "top_p": 1.0}
+    """The mean of the changes where their signs agree, and no change where they differ."""
+    options = {"scoring": "notebook", "interpolation": "ties", "top_p": 1.0}
     result, _ = merge({"_pretrained_": base, "a": peers["p1"], "b": peers["p2"]}, **options)
     one, other = (peers[name].conv1.weight - base.conv1.weight for name in ("p1", "p2"))
-    larger = torch.where(one.abs() > other.abs(), one, other)
-    change = torch.where(one.sign() * other.sign() < 0, larger, (one + other) / 2)
+    change = torch.where(one.sign() == other.sign(), (one + other) / 2, 0.0)
+    assert bool((change == 0).any())
     torch.testing.assert_close(result.conv1.weight, base.conv1.weight + change)
 
 
@@ -459,7 +464,7 @@ def test_the_notebooks_rule_for_two_models(base, peers) -> None:
 
 
 def test_the_table_and_the_files_agree_with_the_selection(pool, tmp_path) -> None:
-    algorithm = SNRSelectiveMerge(top_p=0.3, batch_norm="pretrained")
+    algorithm = SNRSelectiveMerge(top_p=0.3, batch_norm="pretrained", head="pretrained")
     algorithm.output_path = tmp_path
     algorithm.run(pool)
     table = pd.read_csv(tmp_path / "layers.csv")
@@ -506,7 +511,9 @@ def test_without_an_output_path_nothing_is_written(pool, tmp_path, monkeypatch) 
         ({"sigma": "medain"}, "did you mean 'median'"),
         ({"threshold": "tracy-widom"}, "did you mean 'tracy_widom'"),
         ({"alpha": 2.0}, "alpha"),
-        ({"density": 0.0}, "density is 0.0"),
+        ({"density": 0.0, "interpolation": "ties"}, "density is 0.0"),
+        ({"density": 0.5}, "density is an option of interpolation=ties"),
+        ({"scale": 2.0, "interpolation": "ties", "scoring": "notebook"}, "scale is an option of"),
         ({"calibration_images": 1}, "calibration_images is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
@@ -522,12 +529,15 @@ def test_an_option_without_meaning_is_refused_at_once(options, said) -> None:
         ({"rank_by": ["conv1", "layer2.0.conv3"]}, "no layer 'layer2.0.conv3'; did you mean 'lay"),
         ({"rank_by": ["linear"]}, "'linear' is the head"),
         ({"weighting": [1, 2, 3]}, "3 numbers for 2 experts .a, b."),
-        ({"weighting": {"a": 1, "c": 1}}, "weighting names a, c; the experts are a, b"),
+        ({"weighting": {"a": 1, "c": 1}}, "weights names a, c; the experts are a, b"),
         ({"weighting": [1, -1]}, "are no shares"),
         ({"weighting": [0, 0]}, "are no shares"),
         ({"weighting": ["x", 1]}, "are no shares"),
         ({"head": "union"}, "those of a, b are not known; give them as the pool's classes"),
-        ({"batch_norm": "recalibrate"}, "the pool has no train_datasets"),
+        (
+            {"batch_norm": "recalibrate"},
+            "training images of every expert, and the pool has none of a, b",
+        ),
     ],
 )
 def test_an_option_that_does_not_fit_the_pool_is_told_before_the_run(pool, options, said) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import fusion
-from fusion.data import ClassSubset, ImageTensors
+from fusion.data import ClassSubset, ImageTensors, label_space
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, Checkpoint, as_modelpool
 from fusion.models import CifarResNet
 
@@ -86,7 +89,8 @@ def test_special_names_are_not_experts(base) -> None:
     assert pool.model_names == list(pool) == ["b", "a"]
     assert pool.all_model_names == ["_pretrained_", "_joint_", "b", "a"]
     assert len(pool) == 2
-    assert "_joint_" in pool
+    assert "b" in pool
+    assert "_joint_" not in pool  # as in iteration and length: the experts
     assert "c" not in pool
     assert pool.has_pretrained
     assert [name for name, _ in pool.named_models()] == ["b", "a"]
@@ -156,52 +160,95 @@ def test_models_can_be_added_once(base) -> None:
 
 def test_a_saved_model_brings_its_architecture_and_classes(base, tmp_path, equal) -> None:
     pool = BaseModelPool({"_pretrained_": SPEC}, classes={"_pretrained_": range(10)})
-    pool.save_model(base, tmp_path / "m.safetensors", metadata={"note": "mine"})
+    labels = pool.labels("_pretrained_")
+    pool.save_model(base, tmp_path / "m.safetensors", labels=labels, metadata={"note": "mine"})
     again = BaseModelPool({"m": Checkpoint(tmp_path / "m.safetensors")})
     assert equal(again.load_model("m"), base)
-    assert again.classes("m") == tuple(range(10))
+    assert again.labels("m") == LabelSpace.of(list(range(10)))
 
 
-def test_an_architecture_that_does_not_fit_is_not_written(net, tmp_path) -> None:
+def test_a_head_of_another_size_comes_back_with_its_size(net, tmp_path, equal) -> None:
     pool = BaseModelPool({"_pretrained_": SPEC})
     pool.save_model(net(4), tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="does not say which architecture"):
-        Checkpoint(tmp_path / "m.safetensors").build()
+    again = Checkpoint(tmp_path / "m.safetensors").build()
+    assert again.linear.out_features == 4
+    assert equal(again, net(4))
+
+
+def test_a_network_that_is_not_finite_is_not_written(base, tmp_path) -> None:
+    sick = copy.deepcopy(base)
+    with torch.no_grad():
+        sick.bn1.running_var[0] = torch.nan
+    with pytest.raises(UserError, match=r"'bn1\.running_var' has entries that are NaN"):
+        BaseModelPool([base]).save_model(sick, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_datasets_are_built_when_asked_for_and_once(base) -> None:
     digits = {"_target_": "fusion.data.digits", "split": "val"}
     pool = BaseModelPool(
-        [base],
+        {"d": base, "e": base},
         train_datasets={"d": digits},
         val_datasets={"d": digits},
         test_datasets={"d": digits, "e": {"_target_": "fusion.data.digits", "split": "tset"}},
     )
-    assert pool.train_dataset_names == pool.val_dataset_names == ["d"]
-    assert pool.test_dataset_names == ["d", "e"]
     assert isinstance(pool.load_train_dataset("d"), ImageTensors)
     assert pool.load_val_dataset("d") is pool.load_val_dataset("d")
+    assert pool.load_val_dataset("d") is pool.load_train_dataset("d")  # one description, one set
     assert digits == {"_target_": "fusion.data.digits", "split": "val"}
     with pytest.raises(UserError, match="did you mean 'test'"):
         pool.load_test_dataset("e")
-    with pytest.raises(UserError, match="no test data named 'f'"):
-        pool.load_test_dataset("f")
+    with pytest.raises(UserError, match="no train data of 'e'"):
+        pool.load_train_dataset("e")
 
 
-def test_calibration_data_are_the_bases_or_all_of_the_experts(base, train_digits) -> None:
-    a, b = ClassSubset(train_digits, [0, 1]), ClassSubset(train_digits, [7, 2])
-    assert BaseModelPool([base]).calibration_dataset() is None
-    own = BaseModelPool([base], train_datasets={"a": a, "_pretrained_": train_digits})
-    assert own.calibration_dataset() is train_digits
-    joined = BaseModelPool([base], train_datasets={"a": a, "b": b}).calibration_dataset()
-    assert len(joined) == len(a) + len(b)
-    assert joined.original_labels == (0, 1, 2, 7)
+def test_data_belong_to_a_member_and_the_bases_are_the_default(base, train_digits) -> None:
+    a = ClassSubset(train_digits, [0, 1])
+    given = {"a": a, "_pretrained_": train_digits}
+    pool = BaseModelPool({"a": base, "b": base}, train_datasets=given)
+    assert pool.dataset("a") is a
+    assert pool.dataset("b") is train_digits
+    assert pool.images() == {"a": a, "b": train_digits}
+    assert pool.images(["b"]) is train_digits
+    assert not pool.has_data("test")
+    with pytest.raises(UserError, match="train_datasets: the pool has no model 'c'"):
+        BaseModelPool({"a": base}, train_datasets={"c": a})
+
+
+def test_data_that_all_experts_share_are_one_set(base, train_digits) -> None:
+    pool = BaseModelPool({"a": base, "b": base}, train_datasets={"_pretrained_": train_digits})
+    assert pool.images() is train_digits
 
 
 def test_classes_are_given_for_members_that_are_there(base) -> None:
-    assert BaseModelPool({"a": base}, classes={"a": [3, 1]}).classes("a") == (3, 1)
+    pool = BaseModelPool({"a": base, "b": base}, classes={"a": [3, 1]})
+    assert pool.labels("a") == LabelSpace.of([3, 1])
+    assert pool.labels("b") is None
     with pytest.raises(UserError, match="classes: the pool has no model 'b'"):
         BaseModelPool({"a": base}, classes={"b": [3, 1]})
+
+
+def test_a_member_has_the_classes_of_its_own_data(base, train_digits) -> None:
+    pool = BaseModelPool({"a": base, "b": base}, test_datasets={"a": train_digits})
+    assert pool.labels("a") == label_space(train_digits)
+    assert pool.labels("b") is None
+
+
+def test_a_task_is_named_for_its_expert_unless_the_pool_says_otherwise(base) -> None:
+    models = {"_pretrained_": base, "a": base, "b": base, "c": base}
+    pool = BaseModelPool(models, tasks={"a": "pets", "c": "pets"}, classes={"a": ["cat", "dog"]})
+    assert pool.tasks == {"pets": ["a", "c"], "b": ["b"]}
+    assert pool.labels("a").task == "pets"
+    with pytest.raises(UserError, match="tasks: the pool has no model 'd'"):
+        BaseModelPool(models, tasks={"d": "x"})
+
+
+def test_the_head_may_be_named(base) -> None:
+    assert set(BaseModelPool([base]).head.tensors) == {"linear.weight", "linear.bias"}
+    named = BaseModelPool([base], head=["layer3", "linear"]).head
+    assert "layer3.0.conv1.weight" in named
+    with pytest.raises(UserError, match="called 'liner'; did you mean 'linear'"):
+        BaseModelPool([base], head=["liner"]).head  # noqa: B018
 
 
 def test_a_tied_network_keeps_its_tie(tmp_path) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool, Checkpoint
+from fusion.models import CifarResNet
 from fusion.weights import save_safetensors
 
 SPEC = {
@@ -25,16 +26,6 @@ def told(member: Checkpoint) -> str:
     return str(caught.value)
 
 
-def test_a_state_dict_inside_a_pickled_file_is_named_by_its_key(base, tmp_path, equal) -> None:
-    path = tmp_path / "training.pt"
-    torch.save({"epoch": 3, "state_dict": base.state_dict()}, path)
-    assert equal(Checkpoint(path, SPEC, key="state_dict").build(), base)
-    assert "holds epoch, state_dict); name the entry that is with 'key'" in told(
-        Checkpoint(path, SPEC)
-    )
-    assert "has no entry 'model'" in told(Checkpoint(path, SPEC, key="model"))
-
-
 class Boom:
     """Leaves a file behind when somebody unpickles it."""
 
@@ -47,7 +38,7 @@ class Boom:
 
 def test_no_code_in_a_pickled_file_is_run(tmp_path) -> None:
     torch.save({"weight": Boom(tmp_path / "boom")}, tmp_path / "evil.pt")
-    assert "weights_only=True" in told(Checkpoint(tmp_path / "evil.pt", SPEC))
+    assert "whose code would have to run" in told(Checkpoint(tmp_path / "evil.pt", SPEC))
     assert not (tmp_path / "boom").exists()
 
 
@@ -67,6 +58,7 @@ def test_a_file_cut_short_is_told(base, tmp_path) -> None:
 
 def test_what_is_not_there_or_no_checkpoint_is_told(tmp_path) -> None:
     assert "there is no such file" in told(Checkpoint(tmp_path / "none.pt", SPEC))
+    assert "is a folder; give the file in it" in told(Checkpoint(tmp_path, SPEC))
     (tmp_path / "weights.h5").touch()
     assert "expected a .safetensors file or one of .pt" in told(
         Checkpoint(tmp_path / "weights.h5", SPEC)
@@ -85,18 +77,20 @@ def test_keys_and_shapes_must_fit_strictly(base, tmp_path, suffix) -> None:
     else:
         save_safetensors(path, state)
     message = told(Checkpoint(path, SPEC))
-    assert f"lacks {first}" in message
-    assert "has invented, unknown to the architecture" in message
-    assert f"{second} is (99,), the architecture has" in message
+    assert f"does not fit the architecture: 1 tensor is missing: {first}" in message
+    assert "1 tensor is unknown to the architecture: invented" in message
+    assert f"1 tensor is of another shape: {second} is (99,), the architecture has (" in message
     with pytest.raises(UserError, match="invented"):
         Checkpoint(path, SPEC).build()
 
 
 def test_weights_are_read_without_building_the_network(base, tmp_path) -> None:
-    def never() -> nn.Module:
-        raise AssertionError
+    def bare() -> nn.Module:
+        network = CifarResNet(8, 10, 1, 0.5)
+        assert all(tensor.is_meta for tensor in network.state_dict().values())
+        return network
 
     path = tmp_path / "m.safetensors"
     save_safetensors(path, base.state_dict())
-    tensors = Checkpoint(path, never).tensors()
+    tensors = Checkpoint(path, bare).tensors()
     assert all(torch.equal(tensors[key], value) for key, value in base.state_dict().items())

@@ -8,7 +8,6 @@ from torch import nn
 
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool
-from fusion.modelpool.preflight import head_tensors
 from fusion.models import CifarResNet
 
 
@@ -64,9 +63,8 @@ def test_everything_wrong_is_told_in_one_error(base, tmp_path) -> None:
     )
     assert "expert 'deep': has " in message
     deep = CifarResNet(14, 10, in_channels=1, width=0.5).state_dict()
-    assert all(
-        key in message for key in deep.keys() - state.keys()
-    )  # every one, not a few examples
+    more = len(deep.keys() - state.keys()) - 3
+    assert f"and {more} more, unknown to the pretrained model" in message
     assert "a pool's members must share one architecture up to the head" in message
     assert f"model 'sick': {mean} has 8 of 8 entries that are NaN or infinite" in message
     assert "model 'lost': checkpoint" in message
@@ -106,19 +104,3 @@ def test_the_answer_is_remembered_until_a_model_is_added(base) -> None:
 
 def test_an_empty_pool_is_told() -> None:
     assert "the pool is empty" in told(BaseModelPool({}))
-
-
-def test_the_head_is_the_last_layer_of_the_forward_pass(base) -> None:
-    class Backwards(nn.Module):
-        """Registers its head first, as torch allows."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(4, 3)
-            self.body = nn.Conv2d(1, 4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.body(x).mean((2, 3)))
-
-    assert head_tensors(Backwards()) == {"head.weight", "head.bias"}
-    assert len(head_tensors(base)) == 2

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, TrainedModel
-from fusion.weights import load_safetensors, read_metadata
+from fusion.modelpool.fingerprint import digest_tensors
+from fusion.weights import load_safetensors, read_metadata, save_safetensors
 
 NET = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
 DIGITS = {"_target_": "fusion.data.digits", "split": "val"}
@@ -55,9 +58,9 @@ def make_pool(cache: Path, **models: Any) -> BaseModelPool:
 
 
 def path_of(pool: BaseModelPool, name: str) -> Path:
-    member = pool.member(name)
-    assert isinstance(member, TrainedModel)
-    return member.path
+    entry = pool.entry(name)
+    assert isinstance(entry.member, TrainedModel)
+    return entry.member.path(entry)
 
 
 def test_trained_once_and_kept_bit_for_bit(tmp_path, trainings, equal) -> None:
@@ -80,7 +83,7 @@ def test_the_file_says_how_it_came_about(tmp_path) -> None:
     pool = make_pool(tmp_path, x=recipe([7, 2]))
     pool.load_model("x")
     metadata = read_metadata(path_of(pool, "x"))
-    assert json.loads(metadata["classes"]) == [7, 2]
+    assert LabelSpace.from_json(metadata["labels"]) == LabelSpace((7, 2), ("7", "2"))
     assert json.loads(metadata["architecture"]) == {**NET, "num_classes": 2}
     assert json.loads(metadata["recipe"])["epochs"] == 1
     assert len(json.loads(metadata["history"])) == 1
@@ -135,7 +138,8 @@ def test_training_starts_from_the_parents_rows_for_the_kept_classes(tmp_path, ba
                 **recipe([7, 2, 5], init_from="_pretrained_", **still),
                 "cache_dir": tmp_path,
             },
-        }
+        },
+        classes={"_pretrained_": range(10)},
     )
     child, parent = pool.load_model("child").state_dict(), base.state_dict()
     for key in ("linear.weight", "linear.bias"):
@@ -150,11 +154,144 @@ def test_a_grandchild_takes_rows_by_the_original_labels(tmp_path, base) -> None:
             "_pretrained_": base,
             "child": recipe([7, 2, 5], init_from="_pretrained_", **still),
             "grandchild": recipe([5, 7], init_from="child", **still),
-        }
+        },
+        classes={"_pretrained_": range(10)},
     )
     torch.testing.assert_close(
         pool.load_model("grandchild").linear.bias, base.linear.bias[[5, 7]], rtol=0, atol=1e-6
     )
+
+
+PARITY = {
+    "_target_": "fusion.data.grouped",
+    "dataset": DIGITS,
+    "groups": {"even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]},
+}
+
+
+def test_classes_that_the_parent_does_not_know_get_a_fresh_head(tmp_path, base) -> None:
+    """How nearly every expert is made: the body of the parent, a head for a task of its own."""
+    still = {"lr": 1e-12, "weight_decay": 0.0, "cache_dir": tmp_path, "dataset": PARITY}
+    two = {"architecture": {**NET, "num_classes": 2}}
+    pool = BaseModelPool(
+        {
+            "_pretrained_": base,
+            "parity": {**recipe(init_from="_pretrained_", **still), **two},
+            "again": {**recipe(init_from="_pretrained_", head="fresh", **still), **two},
+        },
+        classes={"_pretrained_": range(10)},
+    )
+    pool.preflight()
+    parity, again = (pool.load_model(name) for name in ("parity", "again"))
+    for model in (parity, again):
+        torch.testing.assert_close(model.conv1.weight, base.conv1.weight, rtol=0, atol=1e-6)
+        assert model.linear.out_features == 2
+    assert not torch.equal(parity.linear.weight, again.linear.weight)  # each has its own seed
+    labels = pool.labels("parity")
+    assert labels is not None
+    assert labels.names == ("even", "odd")
+
+
+def test_a_fresh_head_may_be_asked_for(tmp_path, base) -> None:
+    still = {"lr": 1e-12, "weight_decay": 0.0, "cache_dir": tmp_path}
+    pool = BaseModelPool(
+        {"_pretrained_": base, "a": recipe(init_from="_pretrained_", head="fresh", **still)},
+        classes={"_pretrained_": range(10)},
+    )
+    change = (pool.load_model("a").linear.weight - base.linear.weight).abs().max()
+    assert change > 0.01
+
+
+def test_one_recipe_in_two_pools_stays_what_it_is(tmp_path, base, net, equal) -> None:
+    """A member does not know its pool: the same object starts from each pool's own parent."""
+    options = {"lr": 1e-12, "weight_decay": 0.0, "cache_dir": tmp_path, "epochs": 1}
+    member = TrainedModel({**NET, "num_classes": 10}, DIGITS, init_from="_pretrained_", **options)
+    first = BaseModelPool({"_pretrained_": base, "x": member})
+    second = BaseModelPool({"_pretrained_": net(seed=5), "x": member})
+    before = first.load_model("x")
+    second.load_model("x")
+    assert path_of(first, "x") != path_of(second, "x")
+    assert equal(first.load_model("x"), before)
+
+
+def test_other_images_under_the_same_name_are_another_recipe(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "images"
+    for name, shade in (("dark", 0), ("light", 255)):
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8), shade).save(folder / name / "1.png")
+    spec = {"_target_": "fusion.data.image_folder", "channels": 1}
+
+    def path(root: str | Path) -> Path:
+        given = recipe(dataset={**spec, "root": str(root)})
+        given["architecture"] = {**NET, "num_classes": 2}
+        return path_of(make_pool(tmp_path / "cache", x=given), "x")
+
+    monkeypatch.chdir(tmp_path)
+    before = path(folder)
+    assert path("images") == before  # the same folder, named relatively
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert path("images") != before  # another folder of the same relative name
+    Image.new("L", (8, 8), 77).save(folder / "dark" / "1.png")
+    os.utime(folder / "dark" / "1.png", ns=(1, 1))
+    assert path(folder) != before
+
+
+def test_another_code_of_a_data_set_is_another_recipe(tmp_path, monkeypatch) -> None:
+    module = tmp_path / "my_data_set.py"
+    module.write_text("def load():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = recipe(dataset={"_target_": "my_data_set.load"})
+    before = path_of(make_pool(tmp_path, x=given), "x")
+    module.write_text("def load():\n    return 2\n")
+    assert path_of(make_pool(tmp_path, x=given), "x") != before
+
+
+def test_a_read_only_cache_works_where_it_is_complete(tmp_path, trainings) -> None:
+    make_pool(tmp_path, x=recipe()).load_model("x")
+    for file in tmp_path.glob("*.lock"):
+        file.unlink()
+    pool = make_pool(tmp_path, x=recipe())
+    pool.preflight()
+    pool.load_model("x")
+    assert trainings == ["x"]
+    assert not list(tmp_path.glob("*.lock"))  # nothing was written, not even a lock
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_training(tmp_path, trainings) -> None:
+    (tmp_path / "file").write_text("no folder")
+    pool = make_pool(tmp_path / "file" / "cache", x=recipe())
+    with pytest.raises(UserError, match="cache_dir: cannot write to the folder"):
+        pool.preflight()
+    assert trainings == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "nan", "other", "folder"])
+def test_whatever_lies_in_a_cached_members_place_is_trained_again(
+    tmp_path, trainings, damage, equal
+) -> None:
+    pool = make_pool(tmp_path, x=recipe())
+    good = pool.load_model("x")
+    path = path_of(pool, "x")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "nan":
+        state = {key: torch.full_like(t, torch.nan) if t.is_floating_point() else t
+                 for key, t in load_safetensors(path).items()}  # fmt: skip
+        save_safetensors(path, state, {**read_metadata(path), "digest": digest_tensors(state)})
+    elif damage == "other":  # another recipe's file under this one's name
+        save_safetensors(path, load_safetensors(path), {**read_metadata(path), "recipe": "{}"})
+    else:
+        path.unlink()
+        path.mkdir()
+    again = make_pool(tmp_path, x=recipe())
+    if damage == "folder":
+        with pytest.raises(UserError, match="is a folder"):
+            again.preflight()
+        return
+    again.preflight()
+    assert equal(again.load_model("x"), good)
+    assert trainings == ["x", "x"]
 
 
 @pytest.mark.parametrize(
@@ -177,16 +314,17 @@ def test_a_grandchild_takes_rows_by_the_original_labels(tmp_path, base) -> None:
         (
             {"_pretrained_": recipe(), "a": {**recipe([0, 1]), "init_from": "_pretrained_"}
              | {"architecture": {**NET, "num_classes": 3}}},
-            "linear.weight: 2 rows are asked for, the network to fill has 3 classes",
+            "linear.weight has 3 rows in the architecture, and there are 2 classes",
         ),
         (
-            {"_pretrained_": recipe([0, 1, 2]), "a": recipe([1, 5], init_from="_pretrained_")},
-            r"'_pretrained_' has no rows for the classes \[5\]; it knows \[0, 1, 2\]",
+            {"_pretrained_": recipe([0, 1, 2]),
+             "a": recipe([1, 5], init_from="_pretrained_", head="rows")},
+            "head=rows takes the head's rows from '_pretrained_', which knows the classes 0, 1, 2",
         ),
         (
             {"_pretrained_": recipe(), "a": recipe(init_from="_pretrained_")
-             | {"architecture": {**NET, "num_classes": 4}}},
-            "say which of its classes to keep with 'classes'",
+             | {"architecture": {**NET, "depth": 14, "num_classes": 10}}},
+            "init_from='_pretrained_' has another body",
         ),
     ],
 )  # fmt: skip
@@ -204,6 +342,7 @@ def test_what_is_wrong_with_a_recipe_is_found_before_training(
         ({"epochs": 0}, "epochs is 0; give 1 or more"),
         ({"epocs": 3}, "did you mean 'epochs'"),
         ({"lr": "fast"}, "lr is 'fast', which is no float"),
+        ({"head": "row"}, "did you mean 'rows'"),
         ({"dataset": [1, 2]}, "dataset must be a mapping with _target_, not a list"),
     ],
 )

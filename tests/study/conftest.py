@@ -70,7 +70,7 @@ def report(
         "models": ["_pretrained_", "a", "b"],
         "seed": seed,
         "evaluation": evaluation,
-        "references": [] if method is None else ["the control"],
+        "controls": [] if method is None else ["the control"],
         "finetune": finetune,
         "algorithm": algorithm,
         "seconds": {"run": 1.0, "evaluate": 0.5},

@@ -16,9 +16,9 @@ def test_runs_stand_in_the_order_of_their_jobs(leave) -> None:
 
 
 def test_failed_and_unfinished_runs_are_told_apart(study: Path) -> None:
-    for name in ("failed", "cut off"):
-        (study / name).mkdir()
-        (study / name / "config.yaml").write_text("seed: 0\n")
+    (study / "failed").mkdir()
+    (study / "cut off" / ".running-x").mkdir(parents=True)
+    (study / "cut off" / ".running-x" / "report.json").write_text("{}")
     (study / "failed" / "error.json").write_text(
         json.dumps({"kind": "RuntimeError", "message": "no memory", "mistake": False})
     )

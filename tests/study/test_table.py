@@ -38,8 +38,7 @@ def test_seeds_become_mean_and_standard_error(leave) -> None:
 
 def test_what_did_not_finish_counts_in_no_mean(leave) -> None:
     folder = leave(job=0, method=LERP, zero_shot=0.9)
-    (folder / "1").mkdir()
-    (folder / "1" / "config.yaml").write_text("seed: 1\n")
+    (folder / "1" / ".running-x").mkdir(parents=True)
     table = run_table(read_runs(folder))
     assert table["status"].tolist() == ["finished", "unfinished"]
     assert strategy_table(table)["seeds"].tolist() == [1]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 import fusion
 from fusion.data import ClassSubset, ImageTensors, batches
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 
 
@@ -54,18 +56,21 @@ def test_an_expert_is_measured_on_its_own_classes_by_their_original_labels(net, 
     expert = net(3, seed=2)
     own = ClassSubset(images, [7, 2, 5])
     tasks = ClassificationTaskPool({"all": images, "own": own, "two": ClassSubset(images, [5, 7])})
-    found = tasks.evaluate(expert, classes=(7, 2, 5))
+    found = tasks.evaluate(expert, labels=LabelSpace.of([7, 2, 5]))
     assert list(found) == ["own", "two"]  # the ten classes it cannot answer are left out
     scores, labels = scores_of(expert, own)
     assert found["own"]["accuracy"] == pytest.approx((scores.argmax(1) == labels).mean())
     assert list(found["own"]["class_accuracy"]) == ["7", "2", "5"]
-    turned = tasks.evaluate(expert, classes=(2, 7, 5))  # the same network, other labels
+    turned = tasks.evaluate(
+        expert, labels=LabelSpace.of([2, 7, 5])
+    )  # the same network, other labels
     assert turned["own"]["accuracy"] != found["own"]["accuracy"]
 
 
 def test_a_model_of_more_classes_answers_over_all_its_outputs(base, images) -> None:
     own = ClassSubset(images, [4, 9])
-    found = ClassificationTaskPool({"own": own}).evaluate(base)["own"]
+    labels = LabelSpace.of(list(range(10)))
+    found = ClassificationTaskPool({"own": own}).evaluate(base, labels=labels)["own"]
     scores, labels = scores_of(base, own)
     right = scores.argmax(1) == np.array([4, 9])[labels]
     assert found["accuracy"] == pytest.approx(right.mean())
@@ -129,6 +134,14 @@ def test_datasets_of_others_are_taken(base, net) -> None:
         ClassificationTaskPool({"plain": data}, batch_size=4).evaluate(net(4))
 
 
+def test_classes_that_nobody_knows_are_assumed_aloud(base, images, caplog) -> None:
+    tasks = ClassificationTaskPool({"all": images, "own": ClassSubset(images, [4, 9])})
+    with caplog.at_level(logging.WARNING, "fusion"):
+        found = tasks.evaluate(base)
+    assert list(found) == ["all"]  # never by position: ten outputs are not the classes 4 and 9
+    assert "Nobody knows the classes of 'model'" in caplog.text
+
+
 def test_one_batch_is_enough_for_a_trial(base, images) -> None:
     tasks = ClassificationTaskPool({"all": images}, batch_size=50, fast_dev_run=True)
     assert tasks.evaluate(base)["all"]["images"] == 50
@@ -162,8 +175,8 @@ def test_what_cannot_be_measured_is_told(base, net, images) -> None:
     tasks = ClassificationTaskPool({"all": images})
     with pytest.raises(UserError, match="answers none of the tasks all"):
         tasks.evaluate(net(4))
-    with pytest.raises(UserError, match=r"10 outputs, its classes are given as \[1, 2\]"):
-        tasks.evaluate(base, classes=(1, 2))
+    with pytest.raises(UserError, match=r"answers none of the tasks all.*which stand for 1, 2"):
+        tasks.evaluate(base, labels=LabelSpace.of([1, 2]))
     with pytest.raises(UserError, match="needs one row of class scores per image"):
         tasks.evaluate(nn.Identity())
     empty = TensorDataset(torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fusion.data import ClassSubset, ImageTensors
+from fusion.data.relabelling import in_label_space
 from fusion.errors import UserError
-from fusion.models import find_layers
+from fusion.labels import LabelSpace
+from fusion.models import MultiTaskNetwork, find_layers
 from fusion.training import FineTuning
 
 Make = Callable[..., nn.Module]
@@ -78,7 +80,7 @@ def test_labels_follow_the_outputs(make_model: Make, train_digits: ImageTensors)
     """Outputs in another order are trained by the images of the class that they stand for."""
     order = (3, 1, 2, 0)
     result = FineTuning(strategy="full", epochs=12, batch_size=32, lr=0.01).run(
-        make_model(4), train_digits, classes=order
+        make_model(4), in_label_space([train_digits], LabelSpace.of(list(order)))
     )
     images = ClassSubset(train_digits, order)
     with torch.inference_mode():
@@ -121,7 +123,42 @@ def test_an_unknown_merged_layer_is_told(make_model: Make, train_digits: ImageTe
         tuned("selective").run(make_model(), train_digits, merged=["body.conv2"])
 
 
-def test_classes_without_images_are_told(make_model: Make, train_digits: ImageTensors) -> None:
+def test_several_tasks_are_trained_together(make_model: Make, train_digits: ImageTensors) -> None:
+    """Equal labels of two data sets are never mixed up, and the body is trained by both."""
+    base = make_model(3)
+    own = {
+        name: {f"head.{k}": v for k, v in make_model(3).head.state_dict().items()} for name in "ab"
+    }
+    model = MultiTaskNetwork.assemble(base, own)
+    classes = {"a": [0, 1, 2], "b": [7, 8, 9]}
+    data = {name: ClassSubset(train_digits, labels) for name, labels in classes.items()}
+    tuning = FineTuning(strategy="full", epochs=8, batch_size=64, lr=0.01)
+    result = tuning.run(model, data)
+    assert result.images == sum(map(len, data.values()))
+    tuned_model = result.model.eval()
+    assert tuned_model.for_task("a").body is tuned_model.for_task("b").body
+    for name, images in data.items():
+        with torch.inference_mode():
+            answers = tuned_model(images.normalise(images.images), task=name).argmax(1)
+        assert float((answers == images.labels).float().mean()) > 0.9
+    head = tuned("head").run(model, data)
+    assert {key.partition(".head")[0] for key in changed(model, head.model)} == {
+        "networks.0",
+        "networks.1",
+    }
+    assert all(".head." in key for key in changed(model, head.model))
+
+
+def test_classes_without_images_are_told(train_digits: ImageTensors) -> None:
     few = ClassSubset(train_digits, [0, 1, 2])
-    with pytest.raises(UserError, match=r"none of the labels \[7\]"):
-        tuned("head").run(make_model(4), few, classes=(0, 1, 2, 7))
+    with pytest.raises(UserError, match="no data set has images of 7"):
+        in_label_space([few], LabelSpace.of([0, 1, 2, 7]))
+
+
+def test_images_of_several_sets_meet_at_their_classes(train_digits: ImageTensors) -> None:
+    low, high = (ClassSubset(train_digits, part) for part in ([0, 1, 2], [9, 8, 1]))
+    both = in_label_space([low, high], LabelSpace.of([9, 2, 1, 0]))
+    assert both.original_labels == (9, 2, 1, 0)
+    counts = torch.bincount(both.labels).tolist()
+    of = torch.bincount(train_digits.labels)
+    assert counts == [int(of[9]), int(of[2]), 2 * int(of[1]), int(of[0])]  # no images of an 8

@@ -10,6 +10,7 @@ from torch import nn
 from fusion.data import ImageTensors
 from fusion.errors import UserError
 from fusion.training import fit, recalibrate_batch_norm
+from fusion.training.sampling import sample_images
 
 Make = Callable[..., nn.Module]
 
@@ -105,3 +106,77 @@ def test_too_few_images_are_refused(make_model: Make, train_digits: ImageTensors
     with pytest.raises(UserError, match="one image has no variance"):
         recalibrate_batch_norm(model, train_digits.select(torch.tensor([0])))
     assert torch.equal(model.body.bn1.running_var, before)
+
+
+def test_a_norm_that_runs_twice_averages_both_of_its_calls(train_digits: ImageTensors) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) + self.norm(3 * x + 7)
+
+    model = Twice()
+    images = train_digits.normalise(train_digits.images)
+    recalibrate_batch_norm(model, train_digits, images=len(train_digits), batch_size=2000)
+    mean, variance = images.mean(), images.var()
+    torch.testing.assert_close(model.norm.running_mean[0], (mean + 3 * mean + 7) / 2)
+    torch.testing.assert_close(model.norm.running_var[0], (variance + 9 * variance) / 2)
+    assert model.norm.momentum == 0.1
+
+
+def test_only_named_norms_are_recalibrated(make_model: Make, train_digits: ImageTensors) -> None:
+    model, before = make_model(), make_model()
+    recalibrate_batch_norm(model, train_digits, images=100, norms=["body.bn1"])
+    assert not torch.equal(model.body.bn1.running_mean, before.body.bn1.running_mean)
+    other = model.body.layer1[0].bn1.running_mean
+    assert torch.equal(other, before.body.layer1[0].bn1.running_mean)
+
+
+def test_an_instance_norm_with_statistics_is_recalibrated(train_digits: ImageTensors) -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten())
+    used = recalibrate_batch_norm(model, train_digits, images=200)
+    assert used == 200
+    images = train_digits.normalise(train_digits.images)
+    of_images = images.flatten(1).var(1).mean()
+    torch.testing.assert_close(model[0].running_var[0], of_images, rtol=0.1, atol=0)
+
+
+def test_several_data_sets_are_drawn_from_equally(train_digits: ImageTensors) -> None:
+    """Whatever their sizes; and in every batch, so that its statistics are those of the mixture."""
+    ones = ImageTensors(
+        torch.ones(1000, 1, 8, 8), torch.zeros(1000), class_names=["1"], mean=[0], std=[1]
+    )
+    zeros = ImageTensors(
+        torch.zeros(60, 1, 8, 8), torch.zeros(60), class_names=["0"], mean=[0], std=[1]
+    )
+    sample = list(sample_images({"a": ones, "b": zeros}, images=100, batch_size=20, seed=0))
+    assert [len(batch) for batch in sample] == [20] * 5
+    assert all(float(batch.mean()) == 0.5 for batch in sample)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten())
+    recalibrate_batch_norm(model, {"a": ones, "b": zeros}, images=100, batch_size=50)
+    torch.testing.assert_close(model[0].running_mean, torch.tensor([0.5]))
+
+
+def test_images_of_different_sizes_are_measured_together() -> None:
+    """Each batch has one size, so the variance between the data sets is added."""
+    small = ImageTensors(
+        torch.zeros(80, 1, 4, 4), torch.zeros(80), class_names=["0"], mean=[0], std=[1]
+    )
+    large = ImageTensors(
+        torch.ones(80, 1, 8, 8), torch.zeros(80), class_names=["1"], mean=[0], std=[1]
+    )
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    recalibrate_batch_norm(model, {"a": small, "b": large}, images=100, batch_size=20)
+    torch.testing.assert_close(model[0].running_mean, torch.tensor([0.5]))
+    torch.testing.assert_close(model[0].running_var, torch.tensor([0.25]))
+
+
+def test_the_seed_of_a_part_is_made_from_its_name(train_digits: ImageTensors) -> None:
+    halves = {"a": train_digits, "b": train_digits}
+    turned = dict(reversed(halves.items()))
+    first, second = (
+        next(sample_images(data, images=20, batch_size=20, seed=3)) for data in (halves, turned)
+    )
+    assert torch.equal(first[:10], second[10:])

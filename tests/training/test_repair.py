@@ -201,6 +201,6 @@ def test_without_a_bias_the_deviation_alone_is_repaired(train_digits) -> None:
 def test_what_cannot_be(options, says, train_digits: ImageTensors) -> None:
     members, merged = two_and_mean(resnet)
     if options.get("dataset") == "one image":
-        options = {"dataset": train_digits.select(torch.arange(1))}
+        options = {"data": train_digits.select(torch.arange(1))}
     with pytest.raises(UserError, match=says):
-        repair(merged, **{"members": members, "dataset": train_digits, **options})
+        repair(merged, **{"members": members, "data": train_digits, **options})

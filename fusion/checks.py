@@ -1,0 +1,191 @@
+"""What can be wrong with a run, found before it starts: pool, tasks and data against each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fusion.data.relabelling import in_label_space
+from fusion.errors import UserError, first_line
+from fusion.labels import LabelSpace, joint_space
+from fusion.method import BaseAlgorithm
+from fusion.modelpool import BaseModelPool
+from fusion.modelpool.base import SPLITS
+from fusion.models import MultiTaskNetwork
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
+from fusion.training import FineTuning
+from fusion.training.feeding import TrainingData
+
+_PASS_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What a forward pass raises when it meets images that do not fit."""
+
+
+def check_run(
+    algorithm: BaseAlgorithm,
+    pool: BaseModelPool,
+    tasks: BaseTaskPool | None,
+    finetuning: FineTuning | None,
+) -> None:
+    """Check, before any work, that a run's parts fit together.
+
+    One image of every task and every member's data passes through the architecture, on shapes
+    alone where that is possible.
+
+    Raises:
+        UserError: says what does not fit and the cure.
+    """
+    algorithm.check_pool(pool)
+    check_data(pool)
+    if tasks is not None:
+        check_tasks(tasks, pool)
+    if finetuning is not None and not pool.has_data("train"):
+        lacking = [name for name in pool.model_names if not pool.has_data("train", name)]
+        raise UserError(
+            f"fine-tuning needs training images of every expert, and the pool has none of "
+            f"{', '.join(lacking) or 'its members'}; add train_datasets, or leave finetune out"
+        )
+
+
+def check_data(pool: BaseModelPool) -> None:
+    """Check that the images of the members fit the network, and their classes its outputs.
+
+    Raises:
+        UserError: names the member and what does not fit.
+    """
+    seen: set[tuple[str, int]] = set()
+    for name in pool.all_model_names:
+        for split in SPLITS:
+            if not pool.has_data(split, name):
+                continue
+            dataset = pool.dataset(name, split)
+            if (name, id(dataset)) in seen:
+                continue
+            seen.add((name, id(dataset)))
+            outputs = outputs_for(pool, name, dataset, f"{split} data of '{name}'")
+            labels = pool.labels(name)
+            if labels is not None and outputs is not None and len(labels) != outputs:
+                raise UserError(
+                    f"'{name}' has {outputs} outputs and {len(labels)} classes ({labels}); give "
+                    f"it one class for each output: in its architecture, in its data, or as the "
+                    f"pool's option 'classes'"
+                )
+
+
+def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
+    """Check that the tasks can be evaluated on networks of this pool.
+
+    Raises:
+        UserError: a task pool of one's own whose ``evaluate`` cannot be called, images that do not
+            fit the network, or classes that no member knows.
+    """
+    signature = inspect.signature(tasks.evaluate)
+    try:
+        signature.bind(nn.Identity())
+    except TypeError as error:
+        raise UserError(
+            f"{type(tasks).__name__}.evaluate{signature} cannot be called with a model alone "
+            f"({error}); write evaluate(self, model) or evaluate(self, model, *, labels=None)"
+        ) from error
+    tasks.check()
+    if not isinstance(tasks, ClassificationTaskPool):
+        return
+    known = {name: pool.labels(name) for name in pool.all_model_names}
+    reference = pool.pretrained_or_first_name
+    for task in tasks.task_names:
+        classes = tasks.classes(task)
+        named = [name for name in pool.model_names if pool.task(name) == task]
+        dataset = tasks.load_dataset(task)
+        outputs_for(pool, (named or [reference])[0], dataset, f"images of task '{task}'")
+        if classes is None or named or _answered(known, classes):
+            continue
+        raise UserError(
+            f"task '{task}' asks for the classes {classes}, and no member of the pool knows them; "
+            f"name it for its expert, or give the members' classes as the pool's option 'classes'"
+        )
+
+
+def training_data(model: nn.Module, algorithm: BaseAlgorithm, pool: BaseModelPool) -> TrainingData:
+    """Return the training images of a pool, labelled by the outputs of a result.
+
+    Args:
+        model: the result.
+        algorithm: knows the classes of its outputs.
+        pool: has the images.
+
+    Raises:
+        UserError: nobody knows the classes of a head whose images come from several data sets.
+    """
+    if isinstance(model, MultiTaskNetwork):
+        return {
+            task: _labelled(pool, pool.tasks.get(task, pool.model_names), model.labels[task])
+            for task in model.tasks
+        }
+    return _labelled(pool, pool.model_names, algorithm.result_labels(pool))
+
+
+def outputs_for(pool: BaseModelPool, name: str, dataset: Any, what: str) -> int | None:
+    """Return how many outputs a member has for an image; ``None`` where they are no row of scores.
+
+    Raises:
+        UserError: the image does not pass through the member's architecture.
+    """
+    if not len(dataset):
+        raise UserError(f"the {what}: there are no images")
+    image = dataset[0][0]
+    if not isinstance(image, Tensor):
+        raise UserError(
+            f"the {what} are of type {type(image).__name__}; end the transform in a tensor"
+        )
+    model = pool.architecture(name).eval()
+    networks = list(model.networks) if isinstance(model, MultiTaskNetwork) else [model]
+    for network in networks:
+        try:
+            with torch.inference_mode():
+                output = network(image[None].to("meta"))
+        except NotImplementedError:  # an operation that has no meta kernel: seen in the run itself
+            return None
+        except _PASS_ERRORS as error:
+            raise UserError(
+                f"the {what} do not fit '{name}': an image of {'×'.join(map(str, image.shape))} "
+                f"(channels × height × width) does not pass through {type(network).__name__} "
+                f"({first_line(error)}); change the data's channels or image_size"
+            ) from error
+    return output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+
+
+def _answered(known: Mapping[str, LabelSpace | None], classes: LabelSpace) -> bool:
+    """Return whether somebody may know the classes: a member, or the experts together."""
+    spaces = [space for space in known.values() if space is not None]
+    if len(spaces) < len(known):
+        return True  # a member whose classes nobody knows: decided by the number of its outputs
+    if any(space.covers(classes) for space in spaces):
+        return True
+    experts = [
+        s for name, s in known.items() if s is not None and not BaseModelPool.is_special_model(name)
+    ]
+    together = joint_space(experts)
+    if together is not None and together.covers(classes):
+        return True
+    return all(
+        any(space.covers(classes.select([place])) for space in spaces)
+        for place in range(len(classes))
+    )
+
+
+def _labelled(pool: BaseModelPool, names: list[str], labels: LabelSpace | None) -> Dataset[Any]:
+    images = pool.images(names)
+    datasets = list(images.values()) if isinstance(images, Mapping) else [images]
+    if labels is not None:
+        return in_label_space(datasets, labels)
+    if len(datasets) > 1:
+        raise UserError(
+            f"fine-tuning on the data of {', '.join(names)} together needs the classes of the "
+            f"result's outputs, which nobody knows; give the pool's option 'classes'"
+        )
+    only: Dataset[Any] = datasets[0]
+    return only

@@ -1,0 +1,216 @@
+"""Experts in the order of a reference's units: the stage before a merge."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fusion.alignment import (
+    Alignment,
+    GroupAlignment,
+    PermutationSpec,
+    align,
+    align_all,
+    cycle_consistency,
+    permutation_spec,
+)
+from fusion.alignment.align import By
+from fusion.alignment.example import check_traceable, example_input_for
+from fusion.data import seed_from
+from fusion.errors import UserError, check_choice
+from fusion.merging.averaging import mean_network
+from fusion.merging.batch_norm import Calibration
+from fusion.merging.members import Members
+from fusion.merging.merge_many import Joined, merge_many
+from fusion.modelpool import BaseModelPool
+from fusion.training.sampling import sample_images
+from fusion.weights import ModuleSource, TensorSource, tensors_of
+
+ALIGNMENTS = ("weights", "activations", "merge_many")
+
+
+@dataclass(frozen=True)
+class AlignmentRecord:
+    """What alignment did to one expert.
+
+    Attributes:
+        objective_before: agreement with the reference, 1 at most; see `Alignment`.
+        objective_after: the same, aligned.
+        cycle_consistency: mean squared change of the expert's parameters when it is aligned to the
+            reference and the reference to it: 0 where both found the same permutation. None where
+            there is no single reference.
+        groups: one row for each group of units.
+    """
+
+    objective_before: float
+    objective_after: float
+    cycle_consistency: float | None
+    groups: tuple[GroupAlignment, ...]
+
+    @property
+    def gain(self) -> float:
+        """What the objective gained."""
+        return self.objective_after - self.objective_before
+
+    @property
+    def moved(self) -> int:
+        """How many units (and blocks) changed place."""
+        return sum(group.moved for group in self.groups)
+
+
+@dataclass(frozen=True)
+class AlignmentStage:
+    """How experts are brought into one order of their units.
+
+    Attributes:
+        by: match units by their ``weights``, or by their ``activations`` on training images, or
+            ``merge_many``: by weights, each expert to the mean of the others until nothing moves
+            (Git Re-Basin, arXiv 2209.04836, Algorithm 3), instead of to one reference.
+        shape: of one input, (C, H, W); by default that of the pool's first training image, or
+            else a guess from the first convolution.
+        seed: of the order in which groups of units are visited.
+        calibration: the sample of images, for ``activations``.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+
+    by: str = "weights"
+    shape: Sequence[int] | None = None
+    seed: int = 0
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        check_choice("align", self.by, ALIGNMENTS)
+
+    def check(self, modelpool: BaseModelPool) -> None:
+        """Check, before any work, that the pool's networks can be aligned.
+
+        Raises:
+            UserError: the network cannot be traced, no example input fits it, or something that
+                the stage needs is missing.
+        """
+        if self.by == "merge_many" and len(modelpool) < 2:
+            raise UserError(
+                "merge_many aligns experts with each other, and the pool has only one; align it "
+                "to the pretrained model instead: by weights"
+            )
+        if self.by == "activations" and not modelpool.has_data("train"):
+            raise UserError(
+                "alignment by activations needs images, and the pool has no train_datasets; add "
+                "them, or align by weights"
+            )
+        model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
+        if self.shape is None and modelpool.has_data("train"):
+            check_traceable(model)  # the pool's own images will do; loading them may take long
+        else:
+            example_input_for(model, self.shape)
+
+    def run(
+        self, members: Members, modelpool: BaseModelPool, *, device: torch.device | str
+    ) -> tuple[Members, dict[str, AlignmentRecord]]:
+        """Return the members with the experts' units in one order, and what was done.
+
+        An expert of which nothing moves is the pool's own, bit for bit.
+
+        Args:
+            members: base and experts.
+            modelpool: has the experts as networks, and images.
+            device: where to compute.
+        """
+        reference = copy.deepcopy(members.network).eval()
+        spec = symmetries(reference, modelpool, self.shape)
+        if self.by == "merge_many":
+            return self._many(members, modelpool, reference, spec, device)
+        by: By = "activations" if self.by == "activations" else "weights"
+        data = None
+        if by == "activations":
+            data = activation_images(modelpool, self.calibration)
+        experts: dict[str, TensorSource] = {}
+        records: dict[str, AlignmentRecord] = {}
+        for name in members.names:
+            expert = modelpool.load_model(name).eval()
+            found = align_all(
+                {name: expert},
+                reference,
+                spec=spec,
+                by=by,
+                data=data,
+                seed=self.seed,
+                device=device,
+            )[name]
+            cycle = cycle_consistency(
+                expert,
+                reference,
+                spec=spec,
+                by=by,
+                data=data,
+                seed=self.seed,
+                device=device,
+                forth=found,
+            )
+            changed = found.changed
+            experts[name] = ModuleSource(found.model) if changed else members.experts[name]
+            records[name] = _record(found, cycle)
+        return dataclasses.replace(members, experts=experts), records
+
+    def _many(
+        self,
+        members: Members,
+        modelpool: BaseModelPool,
+        reference: nn.Module,
+        spec: PermutationSpec,
+        device: torch.device | str,
+    ) -> tuple[Members, dict[str, AlignmentRecord]]:
+        """Align the experts with each other, and the reference to their mean."""
+        models = {name: model.eval() for name, model in modelpool.named_models()}
+        found = merge_many(models, spec, seed=self.seed, device=device)
+        records = {name: _record(joined) for name, joined in found.items()}
+        experts: dict[str, TensorSource] = {
+            name: ModuleSource(joined.model) for name, joined in found.items()
+        }
+        name = modelpool.pretrained_or_first_name
+        if name in found:
+            common = found[name].model
+        else:
+            mean = mean_network(reference, list(experts.values()), statistics="pretrained")
+            common = align(reference, mean, spec=spec, seed=self.seed, device=device).model
+        base = tensors_of(common) if members.base is not None else None
+        return dataclasses.replace(members, network=common, base=base, experts=experts), records
+
+
+def symmetries(
+    model: nn.Module, modelpool: BaseModelPool, shape: Sequence[int] | None = None
+) -> PermutationSpec:
+    """Return the symmetries of ``model``, found with the pool's first image where it has any.
+
+    Args:
+        model: a network of the pool in eval mode.
+        modelpool: the pool.
+        shape: of one input, (C, H, W), where it is known.
+    """
+    example = modelpool.example_input() if shape is None else None
+    return permutation_spec(model, example_input_for(model, shape) if example is None else example)
+
+
+def activation_images(modelpool: BaseModelPool, calibration: Calibration) -> list[Tensor]:
+    """Return the batches on which activations are compared, kept to be read for every network."""
+    return list(
+        sample_images(
+            modelpool.images(),
+            images=calibration.images,
+            batch_size=calibration.batch_size,
+            seed=seed_from(calibration.seed, "activations"),
+        )
+    )
+
+
+def _record(alignment: Alignment | Joined, cycle: float | None = None) -> AlignmentRecord:
+    return AlignmentRecord(
+        alignment.objective_before, alignment.objective_after, cycle, alignment.groups
+    )

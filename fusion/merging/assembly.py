@@ -1,0 +1,126 @@
+"""Put merged tensors, heads and running statistics together into a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fusion.merging.batch_norm import Calibration, recalibrate, repair_mean, statistics_keys
+from fusion.merging.heads import HeadPlan, task_labels
+from fusion.merging.members import LayerChoice, Members
+from fusion.merging.tensors import merge_statistics
+from fusion.modelpool import BaseModelPool
+from fusion.models import MultiTaskNetwork, resize_head
+from fusion.weights import load_tensors
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """Makes networks of one pool: the merged one, and its controls under the same treatment.
+
+    Attributes:
+        members: what is merged.
+        choice: the merged layers, whose running statistics are merged too where asked for.
+        plan: what becomes of the heads.
+        treatment: of the running statistics.
+        modelpool: has the images.
+        fabric: where to compute.
+        calibration: the sample of images.
+        weights: of the experts in the mean, for REPAIR.
+    """
+
+    members: Members
+    choice: LayerChoice
+    plan: HeadPlan
+    treatment: str
+    modelpool: BaseModelPool
+    fabric: Fabric
+    calibration: Calibration
+    weights: tuple[float, ...]
+
+    def network(
+        self,
+        state: Mapping[str, Tensor],
+        heads: Mapping[str, Mapping[str, Tensor]],
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> nn.Module:
+        """Return a network, or one with several heads.
+
+        Args:
+            state: parameters shared by all tasks; what is missing is the base's.
+            heads: task → head, or ``""`` → the only head; what is missing is the base's.
+            own: task → further parameters of that task alone.
+        """
+        body = copy.deepcopy(self.members.network)
+        state = dict(state)
+        if self.treatment in ("merge", "interpolate"):
+            state |= merge_statistics(self.members, self.choice, self.treatment)
+        state |= heads.get("", {})
+        resize_head(body, state)
+        load_tensors(body, state)
+        if self.treatment == "recalibrate" and not own:
+            recalibrate(body, self.modelpool, self.fabric, self.calibration)
+        elif self.treatment == "repair":
+            self._repair(body)
+        by_task = {task: head for task, head in heads.items() if task}
+        if by_task or own or self.treatment == "recalibrate_per_task":
+            return self._with_tasks(body, by_task, own or {})
+        return body
+
+    def _repair(self, body: nn.Module) -> None:
+        experts = []
+        for name in self.members.names:
+            expert = self.modelpool.load_model(name)
+            load_tensors(expert, self.members.experts[name])
+            experts.append(expert)
+        repair_mean(
+            body, experts, self.modelpool, self.fabric, self.calibration, weights=self.weights
+        )
+
+    def _with_tasks(
+        self,
+        body: nn.Module,
+        heads: Mapping[str, Mapping[str, Tensor]],
+        own: Mapping[str, Mapping[str, Tensor]],
+    ) -> MultiTaskNetwork:
+        """Return a network that has for each task what belongs to it alone."""
+        tasks = self.modelpool.tasks
+        # Networks that differ in more than their head have running statistics of their own.
+        apart = bool(own) or self.treatment == "recalibrate_per_task"
+        statistics = _statistics(body) if apart else {}
+        parts: dict[str, Mapping[str, Tensor]] = {}
+        for task in tasks:
+            if apart:
+                copies = {key: tensor.clone() for key, tensor in statistics.items()}
+                parts[task] = {**copies, **own.get(task, {}), **heads.get(task, {})}
+            else:
+                parts[task] = heads[task]  # tasks that share a head share one mapping
+        network = MultiTaskNetwork.assemble(body, parts, task_labels(self.plan, self.modelpool))
+        if self.treatment in ("recalibrate", "recalibrate_per_task"):
+            head = self.members.head
+            norms = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if apart or m in head]
+            for task, names in tasks.items() if norms else ():
+                recalibrate(
+                    network.for_task(task),
+                    self.modelpool,
+                    self.fabric,
+                    self.calibration,
+                    names=names,
+                    norms=norms,
+                )
+        return network
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of all norms, with their counters of batches."""
+    state = model.state_dict()
+    keys = [key for pair in statistics_keys(model) for key in pair]
+    counters = [f"{key.rpartition('.')[0]}.num_batches_tracked" for key in keys[::2]]
+    return {key: state[key] for key in [*keys, *counters] if key in state}

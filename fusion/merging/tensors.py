@@ -1,0 +1,138 @@
+"""Run a rule over all tensors that are merged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fusion.merging.batch_norm import merged_statistics, statistics_keys
+from fusion.merging.members import LayerChoice, Members
+from fusion.merging.rule import Piece, Rule, TaskRule
+from fusion.weights import tensors_of, weighted_mean
+
+Statistics = Mapping[str, Mapping[str, Tensor]]
+"""State-dict key of a layer's weight (or any tensor) → name → statistics of the experts' data."""
+
+
+def merge_parameters(
+    members: Members,
+    choice: LayerChoice,
+    rule: Rule,
+    *,
+    with_head: bool,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    statistics: Statistics | None = None,
+) -> dict[str, Tensor]:
+    """Return the merged tensors of the chosen layers, on the CPU.
+
+    Args:
+        members: base and experts.
+        choice: which layers, and the experts' shares.
+        rule: how one tensor is merged.
+        with_head: whether the head is merged like any layer.
+        device: where to compute.
+        seed: of everything random.
+        statistics: what the rule reads of the experts' data.
+    """
+
+    def pieces(plan: object = None) -> Iterator[Piece]:
+        return members.pieces(
+            choice,
+            with_head=with_head,
+            device=device,
+            seed=seed,
+            statistics=statistics,
+            plan=plan,
+        )
+
+    plan = rule.prepare(pieces)
+    merged: dict[str, Tensor] = {}
+    for _, of_layer in itertools.groupby(pieces(plan), key=lambda piece: piece.layer.name):
+        merged |= merge_layer(rule, of_layer)
+    state = tensors_of(members.network)
+    return {key: _like(tensor, state[key]) for key, tensor in merged.items()}
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.to("cpu", other.dtype).view(other.shape)  # a rule sees a number as (1,)
+
+
+def merge_layer(rule: Rule, pieces: Iterator[Piece] | Sequence[Piece]) -> dict[str, Tensor]:
+    """Return the merged tensors of one layer; weight and bias together for an affine rule."""
+    if not rule.affine:
+        return {piece.key: rule.merge(piece) for piece in pieces}
+    by_key = {piece.key: piece for piece in pieces}
+    merged: dict[str, Tensor] = {}
+    weights = [piece for piece in by_key.values() if piece.key == piece.layer.weight]
+    for weight in weights:
+        bias = by_key.get(bias_key(weight))
+        if bias is not None:
+            merged[weight.key], merged[bias.key] = rule.merge_affine(weight, bias)
+    rest = {key: rule.merge(piece) for key, piece in by_key.items() if key not in merged}
+    return {key: merged.get(key, rest.get(key)) for key in by_key}  # type: ignore[misc]
+
+
+def bias_key(weight: Piece) -> str:
+    """Return the state-dict key that the bias of a weight's layer would have."""
+    owner = weight.key.rpartition(".")[0]
+    return f"{owner}.bias" if owner else "bias"
+
+
+def separate_parameters(
+    members: Members,
+    choice: LayerChoice,
+    rule: TaskRule,
+    tasks: Mapping[str, Sequence[str]],
+    *,
+    with_head: bool,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, dict[str, Tensor]]:
+    """Return task → the tensors of the chosen layers that a rule gives it, on the CPU.
+
+    Args:
+        members: base and experts.
+        choice: which layers, and the experts' shares.
+        rule: gives each expert a tensor of its own.
+        tasks: task → its experts; several experts of one task are averaged.
+        with_head: whether the head is merged like any layer.
+        device: where to compute.
+        seed: of everything random.
+    """
+
+    def pieces(plan: object = None) -> Iterator[Piece]:
+        return members.pieces(choice, with_head=with_head, device=device, seed=seed, plan=plan)
+
+    plan = rule.prepare(pieces)
+    state = tensors_of(members.network)
+    found: dict[str, dict[str, Tensor]] = {task: {} for task in tasks}
+    for piece in pieces(plan):
+        each = dict(zip(piece.names, rule.separate(piece), strict=True))
+        for task, names in tasks.items():
+            mean = weighted_mean([each[name] for name in names])
+            found[task][piece.key] = _like(mean, state[piece.key])
+    return found
+
+
+def merge_statistics(members: Members, choice: LayerChoice, kind: str) -> dict[str, Tensor]:
+    """Return running statistics made from the experts', in the chosen layers; head excluded.
+
+    Args:
+        members: base and experts.
+        choice: which layers, and the experts' shares.
+        kind: ``merge`` or ``interpolate``, see `merged_statistics`.
+    """
+    state = tensors_of(members.network)
+    merged: dict[str, Tensor] = {}
+    for layer in members.layers:
+        if layer.name not in choice:
+            continue
+        for keys in statistics_keys(members.network, layer.norms):
+            if keys[0] not in members.head:
+                shares = choice.shares[layer.name]
+                merged |= merged_statistics(keys, list(members.experts.values()), shares, kind=kind)
+    return {key: tensor.to(state[key].dtype) for key, tensor in merged.items()}

@@ -1,0 +1,328 @@
+"""The one pipeline of all merges: align, choose layers, rule, heads, batch norm, controls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fusion.errors import UserError, check_choice
+from fusion.labels import LabelSpace
+from fusion.merging import batch_norm as bn
+from fusion.merging.alignment import ALIGNMENTS, AlignmentStage
+from fusion.merging.assembly import Assembly
+from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
+from fusion.merging.members import LayerChoice, Members, every_layer
+from fusion.merging.rule import Need, Rule, TaskRule
+from fusion.merging.tensors import merge_parameters, separate_parameters
+from fusion.method.alignment_report import write_alignment
+from fusion.method.base import BaseAlgorithm
+from fusion.modelpool import PRETRAINED, BaseModelPool
+from fusion.modelpool.soundness import require_mergeable
+from fusion.models import MultiTaskNetwork
+from fusion.weights import exact_device, normalised_weights
+
+log = logging.getLogger(__name__)
+
+_CONTROL = {
+    "pretrained": "",
+    "merge": ", batch norm merged",
+    "interpolate": ", batch norm interpolated",
+    "recalibrate": ", batch norm recalibrated",
+    "recalibrate_per_task": ", batch norm recalibrated per task",
+    "repair": ", repaired",
+}
+_HEAD_WORDS = {
+    "merged": "merged like any layer",
+    "pretrained": "kept as the base has it",
+    "union": "the union of the experts' rows",
+    "tasks": "one for each task",
+}
+
+
+class Merge(BaseAlgorithm):
+    """Merge experts tensor by tensor with a rule.
+
+    The stages, each with a default: align the experts' units, choose layers and the experts'
+    shares, apply the rule to every parameter of these layers, decide about the heads, then about
+    the running statistics of batch norm; and prepare the controls that the result is compared
+    with. Integer buffers are copied; running statistics never pass through a rule.
+
+    Args:
+        rule: how one tensor is merged.
+        weights: shares of the experts, one number per expert as a list or by name; equal ones by
+            default.
+        align: bring the experts' units into one order first: by ``weights``, by ``activations``
+            on the pool's training images, or ``merge_many`` (by weights, to each other).
+        head: ``auto`` (merged like any layer where all experts have the same classes; the base's
+            where its classes cover theirs; else one head for each task), or ``pretrained``,
+            ``union`` (the experts' rows, class by class), ``tasks``.
+        batch_norm: running statistics: ``pretrained`` (kept), ``merge`` (those of the mixture of
+            the experts' data), ``interpolate`` (their weighted mean), ``recalibrate`` (measured
+            anew on a sample of the pool's training images, equally many of each expert's),
+            ``recalibrate_per_task`` (a set for each task), ``repair`` (REPAIR: every channel's
+            mean and deviation brought to the mean of the experts'), ``auto`` (recalibrate where
+            the pool has images, else merge).
+        calibration_images: how many images are looked at, at most.
+        batch_size: images per forward pass.
+        example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
+            training image, or else a guess from the first convolution.
+        plot: whether to draw the figures.
+        seed: of everything random: masks, the order of the alignment, the sample of images.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+
+    without_images: ClassVar[str] = "merge"
+    """What ``batch_norm=auto`` stands for in a pool without training images."""
+    without_alignment: ClassVar[str] = "align=null"
+    """The option that switches alignment off; empty where alignment is the method."""
+
+    def __init__(
+        self,
+        *,
+        rule: Rule,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
+        align: str | None = None,
+        head: str = "auto",
+        batch_norm: str = "auto",
+        calibration_images: int = 2000,
+        batch_size: int = 128,
+        example_input: Sequence[int] | None = None,
+        plot: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(rule, Rule):
+            raise UserError(
+                f"rule must be a fusion.merging.Rule, not a {type(rule).__name__}; name its class "
+                f"as method.rule._target_"
+            )
+        check_choice("head", head, HEADS)
+        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
+        if align is not None:
+            check_choice("align", align, ALIGNMENTS)
+        self.rule = rule
+        self.weights = weights
+        self.head = head
+        self.batch_norm = batch_norm
+        self.calibration = bn.Calibration(calibration_images, batch_size, seed)
+        self.alignment = (
+            None if align is None else AlignmentStage(align, example_input, seed, self.calibration)
+        )
+        self.plot = plot
+        self.seed = seed
+        self._selected: list[str] = []
+        self._labels: LabelSpace | None = None
+
+    # -- what a subclass may change ----------------------------------------------------------------
+
+    def choose(self, members: Members, plan: HeadPlan) -> LayerChoice:
+        """Return which layers are merged, and how much of each expert goes into them.
+
+        Args:
+            members: base and experts, aligned.
+            plan: what becomes of the heads.
+        """
+        del plan
+        return every_layer(members, self.shares(members.names))
+
+    def prepared(self, members: Members) -> Members:
+        """Return the members as they are to be merged; as they are by default."""
+        return members
+
+    def finish(self, members: Members, result: nn.Module) -> None:
+        """Look at the result once it is made; nothing by default."""
+
+    def add_controls(self, assembly: Assembly, unaligned: Members) -> None:
+        """Name the networks that the result is compared with.
+
+        By default the base with the same batch norm; where its head stands for other classes, with
+        the experts' heads.
+
+        Args:
+            assembly: makes networks like the result.
+            unaligned: the experts as they were.
+        """
+        del unaligned
+        members, plan, modelpool = assembly.members, assembly.plan, assembly.modelpool
+        if members.base is None:
+            return
+        found = merged_heads(plan, members.head, members.base, members.experts, modelpool)
+        heads = found if plan.kind in ("tasks", "merged") else {}
+        heads_of = ", experts' heads" if heads else ""
+        name = f"{PRETRAINED}{heads_of}{_CONTROL[assembly.treatment]}"
+        self.controls[name] = partial(assembly.network, {}, heads)
+        if not heads:
+            self.record.labels[name] = modelpool.labels(PRETRAINED)
+
+    # -- the pipeline ------------------------------------------------------------------------------
+
+    def check_pool(self, modelpool: BaseModelPool) -> None:
+        """Check that the pool can be merged with these options.
+
+        Raises:
+            UserError: says what is wrong and the cure.
+        """
+        if not len(modelpool):
+            raise UserError(
+                f"{type(self).__name__} merges experts, and the pool has none (it has "
+                f"{', '.join(modelpool.all_model_names) or 'nothing'}); add at least one"
+            )
+        self._check_needs(modelpool)
+        modelpool.preflight()
+        for name in modelpool.model_names:
+            require_mergeable(name, modelpool.architecture(name))
+        self.shares(modelpool.model_names)
+        plan_heads(modelpool, self.head)
+        model = modelpool.architecture(modelpool.pretrained_or_first_name)
+        if self.alignment is not None:
+            try:
+                self.alignment.check(modelpool)
+            except UserError as error:
+                if not self.without_alignment:
+                    raise
+                raise UserError(
+                    f"{error}; or merge without alignment: {self.without_alignment}"
+                ) from error
+        self._treatment(modelpool, model)
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Return the merged network; nothing in the pool is changed."""
+        with self.profile("load members"):
+            members = Members.read(modelpool)
+        plan = plan_heads(modelpool, self.head)
+        if plan.assumed and self.head == "auto":
+            log.info(
+                "Nobody knows the classes of %s: taken to be those of members whose heads have "
+                "the same shape (the pool's option 'classes' says otherwise)",
+                ", ".join(plan.assumed),
+            )
+        unaligned = members
+        if self.alignment is not None:
+            with self.profile("align experts"):
+                members, records = self.alignment.run(members, modelpool, device=self.fabric.device)
+            write_alignment(self, records, plot=self.plot)
+        members = self.prepared(members)
+        with self.profile("choose layers"):
+            choice = self.choose(members, plan)
+        assembly = Assembly(
+            members,
+            choice,
+            plan,
+            self._treatment(modelpool, members.network),
+            modelpool,
+            self.fabric,
+            self.calibration,
+            self.shares(members.names),
+        )
+        result = self.merged(assembly)
+        self._selected = [layer.name for layer in members.layers if layer.name in choice]
+        self._labels = None if isinstance(result, MultiTaskNetwork) else plan.labels
+        self.add_controls(assembly, unaligned)
+        self._report(assembly, result)
+        self.finish(members, result)
+        return result
+
+    def merged(self, assembly: Assembly) -> nn.Module:
+        """Return the network that the rule makes of the assembly's members."""
+        members, plan = assembly.members, assembly.plan
+        own: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Tensor] = {}
+        options: dict[str, Any] = {
+            "with_head": plan.head_is_a_layer,
+            "device": exact_device(self.fabric.device),
+            "seed": self.seed,
+        }
+        with self.profile("merge layers"):
+            if isinstance(self.rule, TaskRule) and self.rule.per_task:
+                own = separate_parameters(
+                    members, assembly.choice, self.rule, assembly.modelpool.tasks, **options
+                )
+            else:
+                state = merge_parameters(members, assembly.choice, self.rule, **options)
+            heads = merged_heads(
+                plan, members.head, members.base, members.experts, assembly.modelpool
+            )
+        with self.profile("batch norm"):
+            return assembly.network(state, heads, own)
+
+    @property
+    def selected_layers(self) -> list[str]:
+        """The names of the merged layers, in the order of the forward pass."""
+        return self._selected
+
+    def result_labels(self, modelpool: BaseModelPool) -> LabelSpace | None:
+        """Return the classes of the result's outputs; a result of several tasks has its own."""
+        del modelpool
+        return self._labels
+
+    def shares(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the experts' shares as given by ``weights``, summing to 1.
+
+        Raises:
+            UserError: they do not fit the experts.
+        """
+        given = self.weights
+        if isinstance(given, Mapping):
+            if set(given) != set(names):
+                raise UserError(
+                    f"weights names {', '.join(given)}; the experts are {', '.join(names)}"
+                )
+            given = [given[name] for name in names]
+        if given is not None and len(given) != len(names):
+            raise UserError(
+                f"weights: {len(given)} numbers for {len(names)} experts ({', '.join(names)}); "
+                f"give one for each"
+            )
+        return tuple(normalised_weights(given, len(names)))
+
+    def _treatment(self, modelpool: BaseModelPool, model: nn.Module) -> str:
+        return bn.chosen_treatment(
+            self.batch_norm, modelpool, model, without_images=self.without_images
+        )
+
+    def _check_needs(self, modelpool: BaseModelPool) -> None:
+        """Check that the pool has what the rule cannot do without.
+
+        Raises:
+            UserError: it has not.
+        """
+        rule, needs = type(self.rule).__name__, self.rule.needs
+        if Need.BASE in needs and not modelpool.has_pretrained:
+            raise UserError(
+                f"{rule} needs a base, and the pool has only "
+                f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
+            )
+        if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
+            lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
+            raise UserError(
+                f"{rule} needs training images of every expert, and the pool has none of "
+                f"{', '.join(lacking)}; add them to train_datasets"
+            )
+
+    def _report(self, assembly: Assembly, result: nn.Module) -> None:
+        members, plan = assembly.members, assembly.plan
+        log.info(
+            "Merged %d experts in %d of %d layers by %s",
+            len(members.names),
+            len(self._selected),
+            len(members.layers),
+            type(self.rule).__name__,
+        )
+        log.info("Head, %s: %s", _HEAD_WORDS[plan.kind], ", ".join(members.head.tensors))
+        if isinstance(result, MultiTaskNetwork):
+            log.info("Tasks: %s", ", ".join(result.tasks))
+        log.info("Batch norm: %s", assembly.treatment)
+        self.report.update(
+            experts=list(members.names),
+            selected_layers=self._selected,
+            candidate_layers=len(members.layers),
+            head=plan.kind,
+            head_tensors=[] if plan.head_is_a_layer else list(members.head.tensors),
+            tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
+            batch_norm=assembly.treatment,
+        )

@@ -1,0 +1,155 @@
+"""One body with a head for each of several tasks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusion.errors import UserError, suggestion
+from fusion.labels import LabelSpace
+from fusion.models.head_rows import resize_head
+from fusion.weights import load_tensors, tensors_of
+
+
+class MultiTaskNetwork(nn.Module):
+    """Networks of several tasks that share everything but what belongs to one task alone.
+
+    Each task has a whole network of the original class, whose shared modules and parameters are
+    the very same objects in all of them. What a task has for itself is its head and, where asked
+    for, running statistics of batch norm.
+
+    Args:
+        networks: task → network; what is shared is shared by identity (:meth:`assemble` makes
+            such networks).
+        labels: task → the classes of its outputs; ``None`` where nobody knows them.
+
+    Raises:
+        UserError: no task.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.models import CifarResNet
+        >>> body, digits = CifarResNet(8, num_classes=10), CifarResNet(8, num_classes=2)
+        >>> keys = ("linear.weight", "linear.bias")
+        >>> own = {"digits": {key: digits.state_dict()[key] for key in keys}}
+        >>> own["images"] = {key: body.state_dict()[key] for key in keys}
+        >>> model = MultiTaskNetwork.assemble(body, own).eval()
+        >>> model(torch.zeros(1, 3, 32, 32), task="digits").shape
+        torch.Size([1, 2])
+        >>> type(model.for_task("images")).__name__
+        'CifarResNet'
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        labels: Mapping[str, LabelSpace | None] | None = None,
+    ) -> None:
+        super().__init__()
+        if not networks:
+            raise UserError("a network of several tasks has none; give at least one")
+        self._tasks = tuple(networks)
+        self.networks = nn.ModuleList(networks.values())
+        self.labels = {task: (labels or {}).get(task) for task in self._tasks}
+
+    @classmethod
+    def assemble(
+        cls,
+        body: nn.Module,
+        own: Mapping[str, Mapping[str, Tensor]],
+        labels: Mapping[str, LabelSpace | None] | None = None,
+    ) -> MultiTaskNetwork:
+        """Return a network of ``body`` and what each task has for itself.
+
+        Args:
+            body: a network of the original class; it is not changed. What no task has for itself
+                comes from it.
+            own: task → state-dict keys and tensors of that task alone. Tensors may differ from
+                the body's in shape. A mapping that stands under two tasks is shared by them.
+            labels: task → the classes of its outputs.
+        """
+        shared = copy.deepcopy(body)
+        made: dict[int, nn.Module] = {}
+        networks = {}
+        for task, state in own.items():
+            if id(state) not in made:
+                network = _copy_apart_from_shared(shared, state)
+                resize_head(network, state)
+                load_tensors(network, state)
+                made[id(state)] = network
+            networks[task] = made[id(state)]
+        return cls(networks, labels)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return self._tasks
+
+    def forward(self, *inputs: Any, task: str | None = None) -> Any:
+        """Return what the network of ``task`` returns for ``inputs``.
+
+        Raises:
+            UserError: there is no such task, or none was named and there are several.
+        """
+        if task is None and len(self._tasks) == 1:
+            task = self._tasks[0]
+        if task is None:
+            raise UserError(
+                f"the network has a head for each of {', '.join(self._tasks)}; say which: "
+                f"model(images, task={self._tasks[0]!r})"
+            )
+        return self.for_task(task)(*inputs)
+
+    def for_task(self, task: str) -> nn.Module:
+        """Return the network of one task, of the original class.
+
+        It shares its body with the other tasks: training it changes theirs. ``copy.deepcopy`` of
+        it is a network of its own.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        if task not in self._tasks:
+            raise UserError(
+                f"the network has no task '{task}'{suggestion(task, self._tasks)} "
+                f"(it has {', '.join(self._tasks)})"
+            )
+        return self.networks[self._tasks.index(task)]
+
+    def own_keys(self) -> tuple[str, ...]:
+        """Return the state-dict keys, within a task's network, of what is not shared by all."""
+        states = [
+            {
+                **dict(network.named_parameters(remove_duplicate=False)),
+                **dict(network.named_buffers(remove_duplicate=False)),
+            }
+            for network in self.networks
+        ]
+        first = self.networks[0]
+        return tuple(
+            key
+            for key in tensors_of(first)
+            if any(state[key] is not states[0][key] for state in states)
+        )
+
+
+def _copy_apart_from_shared(network: nn.Module, own: Collection[str]) -> nn.Module:
+    """Return a copy of ``network`` in which only the tensors ``own`` are new objects.
+
+    Modules that hold none of them are taken as they are; others are copied with their shared
+    tensors.
+    """
+    memo: dict[int, Any] = {}
+    for name, module in network.named_modules():
+        prefix = f"{name}." if name else ""
+        if not any(key.startswith(prefix) for key in own):
+            memo[id(module)] = module
+            continue
+        tensors = {**dict(module.named_parameters(recurse=False))}
+        tensors |= dict(module.named_buffers(recurse=False))
+        memo.update({id(t): t for key, t in tensors.items() if f"{prefix}{key}" not in own})
+    return copy.deepcopy(network, memo)

@@ -1,0 +1,117 @@
+"""One body, several heads: each task has a whole network, and they share the body."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fusion.errors import UserError
+from fusion.labels import LabelSpace
+from fusion.models import MultiTaskNetwork, find_head
+from fusion.training import recalibrate_batch_norm
+
+
+@pytest.fixture
+def parts(base, experts):
+    """The base and the heads of two experts."""
+    head = find_head(base).tensors
+    own = {name: {k: e.state_dict()[k] for k in head} for name, e in experts.items()}
+    return base, own
+
+
+def test_each_task_has_the_body_with_its_own_head(parts, experts, test_digits) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, own).eval()
+    images = test_digits.normalise(test_digits.images[:16])
+    assert model.tasks == ("a", "b")
+    for name, expert in experts.items():
+        by_hand = copy.deepcopy(expert)
+        state = {**base.state_dict(), **own[name]}
+        by_hand.load_state_dict(state)
+        by_hand.eval()
+        plain = model.for_task(name)
+        assert type(plain) is type(base)
+        assert torch.equal(model(images, task=name), by_hand(images))
+        by_hand.load_state_dict(plain.state_dict())  # what a script without this package does
+        assert plain.linear.out_features == expert.linear.out_features
+
+
+def test_the_body_is_shared_and_the_input_left_alone(parts, equal, net) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, own)
+    first, second = (model.for_task(task) for task in model.tasks)
+    assert first.conv1 is second.conv1
+    assert first.linear is not second.linear
+    assert set(model.own_keys()) == {"linear.weight", "linear.bias"}
+    whole = sum(p.numel() for p in model.parameters())
+    heads = sum(p.numel() for n in model.networks for p in n.linear.parameters())
+    assert whole == heads + sum(
+        p.numel() for name, p in base.named_parameters() if not name.startswith("linear")
+    )
+    with torch.no_grad():
+        first.conv1.weight.zero_()
+    assert not second.conv1.weight.any()
+    assert equal(base, net())
+
+
+def test_copies_and_moves_keep_the_body_shared(parts) -> None:
+    model = MultiTaskNetwork.assemble(*parts)
+    for other in (copy.deepcopy(model), copy.deepcopy(model).double()):
+        first, second = (other.for_task(task) for task in other.tasks)
+        assert first.conv1.weight is second.conv1.weight
+        assert first.bn1.running_mean is second.bn1.running_mean
+
+
+def test_tasks_may_share_one_head(parts) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, {"a": own["a"], "also": own["a"], "b": own["b"]})
+    assert model.for_task("a") is model.for_task("also")
+    assert model.for_task("a").linear is not model.for_task("b").linear
+
+
+def test_running_statistics_may_be_each_tasks_own(parts, train_digits) -> None:
+    base, own = parts
+    state = base.state_dict()
+    norms = {key: state[key].clone() for key in state if "running" in key or "tracked" in key}
+    mine = {
+        task: {**head, **{k: t.clone() for k, t in norms.items()}} for task, head in own.items()
+    }
+    model = MultiTaskNetwork.assemble(base, mine)
+    first, second = (model.for_task(task) for task in model.tasks)
+    assert first.bn1 is not second.bn1
+    assert first.bn1.weight is second.bn1.weight
+    recalibrate_batch_norm(first, train_digits, images=200)
+    assert torch.equal(second.bn1.running_mean, base.bn1.running_mean)
+    assert not torch.equal(first.bn1.running_mean, base.bn1.running_mean)
+
+
+def test_a_nested_head_is_separated_from_its_container() -> None:
+    model = torchvision.models.mobilenet_v3_small(num_classes=4)
+    head = find_head(model).tensors
+    own = {task: {key: torch.randn(n, *model.state_dict()[key].shape[1:]) for key in head}
+           for task, n in (("x", 3), ("y", 4))}  # fmt: skip
+    both = MultiTaskNetwork.assemble(model, own)
+    x, y = (both.for_task(task) for task in both.tasks)
+    assert x.classifier[0] is y.classifier[0]
+    assert x.classifier[3] is not y.classifier[3]
+    assert both.eval()(torch.zeros(1, 3, 32, 32), task="x").shape == (1, 3)
+
+
+def test_a_task_must_be_named_where_there_are_several(parts) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, own, {"a": LabelSpace.of(["x"])}).eval()
+    images = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(UserError, match=r"say which: model\(images, task='a'\)"):
+        model(images)
+    with pytest.raises(UserError, match="no task 'c'"):
+        model(images, task="c")
+    assert model.labels["b"] is None
+    only = MultiTaskNetwork({"a": base}).eval()
+    assert torch.equal(only(images), base(images))
+    with pytest.raises(UserError, match="give at least one"):
+        MultiTaskNetwork({})
+    assert isinstance(only, nn.Module)
