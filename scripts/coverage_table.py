@@ -4,9 +4,10 @@
 
 For one or more small members of each family: the symmetries that `permutation_spec` finds, the
 relative change of the output under a random permutation (float64, a batch of two, every norm and
-bias randomised), and whether a planted permuted copy comes back bit for bit. Every network runs in
-a process of its own with a time limit, so that memory stays bounded. Rows that already stand in
-the CSV file are not measured again: delete them (or the file) to do so. `timm` and
+bias randomised), and whether a planted permuted copy comes back bit for bit (of networks of up to
+`--recover` million parameters: the search takes minutes for the largest). Every network runs in a
+process of its own with a time limit, so that memory stays bounded. Rows that already stand in the
+CSV file are not measured again: delete them (or the file) to do so. `timm` and
 `segmentation_models_pytorch` are needed by the families that take networks from them only.
 """
 
@@ -14,16 +15,22 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import subprocess
+import datetime
+import importlib.metadata
+import importlib.util
+import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from coverage_networks import FAMILIES, Network
 
-TIME_LIMIT = 300  # seconds for one network, imports included
+TIME_LIMIT = 300  # seconds for one network
+RECOVER = 15.0  # million parameters up to which a planted copy is searched for
+LIBRARIES = ("torch", "torchvision", "timm", "segmentation_models_pytorch")
 COLUMNS = (
     "family", "network", "parameters (M)", "groups", "units", "coverage", "output error",
     "recovered", "spec (s)", "align (s)", "remark",
@@ -43,31 +50,35 @@ def main() -> None:
         "--output", type=Path, default=Path("coverage"), help="writes OUTPUT.csv and OUTPUT.md"
     )
     parser.add_argument("--limit", type=int, default=TIME_LIMIT, help="seconds for one network")
-    parser.add_argument("--measure", nargs=2, metavar=("FAMILY", "NETWORK"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--recover", type=float, default=RECOVER, help="largest network (M) that is recovered"
+    )
     arguments = parser.parse_args()
-    if arguments.measure:
-        family, name = arguments.measure
-        print(json.dumps(measure(family, FAMILIES[family][name])))
-        return
     chosen = arguments.families.split(",")
     unknown = sorted(set(chosen) - set(FAMILIES))
     if unknown:
         parser.error(f"no family '{unknown[0]}'; there are {', '.join(FAMILIES)}")
-    rows = survey(chosen, arguments.only, arguments.output.with_suffix(".csv"), arguments.limit)
+    limits = arguments.limit, arguments.recover
+    rows = survey(chosen, arguments.only, arguments.output.with_suffix(".csv"), limits)
     table = markdown(rows)
     arguments.output.with_suffix(".md").write_text(table)
     print(table)
 
 
-def survey(chosen: list[str], only: str | None, path: Path, limit: int) -> list[dict[str, str]]:
+def survey(
+    chosen: list[str], only: str | None, path: Path, limits: tuple[int, float]
+) -> list[dict[str, str]]:
     """Measure what is not in the CSV file yet, and return all rows of the families chosen."""
+    for library in LIBRARIES:  # once, for all networks: they run in copies of this process
+        if importlib.util.find_spec(library) is not None:
+            importlib.import_module(library)
     rows = read(path)
     for family in chosen:
         for name in FAMILIES[family]:
             key = (family, name)
             if key in rows or (only is not None and not name.startswith(only)):
                 continue
-            rows[key] = in_child(family, name, limit)
+            rows[key] = in_child(family, name, *limits)
             print(" ".join(rows[key].values()), file=sys.stderr, flush=True)
             write(path, rows)  # after each network: a survey that is interrupted goes on
     order = {(family, name): None for family in FAMILIES for name in FAMILIES[family]}
@@ -92,18 +103,24 @@ def write(path: Path, rows: dict[tuple[str, str], dict[str, str]]) -> None:
         writer.writerows(rows.values())
 
 
-def in_child(family: str, name: str, limit: int) -> dict[str, str]:
-    command = [sys.executable, __file__, "--measure", family, name]
+def in_child(family: str, name: str, limit: int, recover: float) -> dict[str, str]:
+    """Measure one network in a process of its own; keep what it found before the time limit."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=send, args=(writer, family, name, recover))
+    child.start()
+    writer.close()
+    found: dict[str, Any] = {"remark": "its process was killed"}
+    deadline = time.monotonic() + limit
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        found: dict[str, Any] = {"remark": f"stopped after {limit} s"}
+        while reader.poll(max(deadline - time.monotonic(), 0)):
+            found = reader.recv()
+    except EOFError:
+        pass  # the child has ended
     else:
-        if done.returncode:
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            found = {"remark": f"failed: {last}"}
-        else:
-            found = json.loads(done.stdout.splitlines()[-1])
+        child.kill()
+        found["remark"] = f"stopped after {limit} s"
+    child.join()
     row = {"family": family, "network": name, **found}
     return {column: str(row.get(column, "")) for column in COLUMNS}
 
@@ -111,8 +128,21 @@ def in_child(family: str, name: str, limit: int) -> dict[str, str]:
 # -- one network, in the child ---------------------------------------------------------------------
 
 
-def measure(family: str, network: Network) -> dict[str, Any]:
-    """Return the columns of one network."""
+def send(writer: Connection, family: str, name: str, recover: float) -> None:
+    """Send the columns of one network each time that there are more of them."""
+    row: dict[str, Any] = {}
+    try:
+        for row in measure(family, FAMILIES[family][name], recover):
+            writer.send(row)
+    except Exception as error:  # the survey goes on, and the table says what happened
+        first = (str(error).splitlines() or [""])[0]
+        writer.send({**row, "remark": f"failed: {type(error).__name__}: {first}"})
+        raise
+    writer.close()
+
+
+def measure(family: str, network: Network, recover: float) -> Iterator[dict[str, Any]]:
+    """Yield the columns of one network: the spec's, those of the function, of the recovery."""
     import torch
 
     from fusion.alignment import align, apply_permutation, permutation_spec, random_permutation
@@ -125,9 +155,10 @@ def measure(family: str, network: Network) -> dict[str, Any]:
         torch.manual_seed(0)
         wide = network.build().eval()
     except ModuleNotFoundError as error:
-        return {"remark": f"the family {family} needs {error.name}: pip install {error.name}"}
-    parameters = sum(p.numel() for p in wide.parameters())
-    row: dict[str, Any] = {"parameters (M)": round(parameters / 1e6, 2)}
+        yield {"remark": f"the family {family} needs {error.name}: pip install {error.name}"}
+        return
+    parameters = sum(p.numel() for p in wide.parameters()) / 1e6
+    row: dict[str, Any] = {"parameters (M)": round(parameters, 2)}
     torch.manual_seed(1)
     inputs = tuple(torch.randn(2, *shape, dtype=torch.float64) for shape in network.shapes)
     calibrate(wide, network, inputs)
@@ -137,12 +168,14 @@ def measure(family: str, network: Network) -> dict[str, Any]:
         spec = permutation_spec(wide, tuple(x[:1] for x in inputs), **options)
     except UserError as error:
         seconds = round(time.perf_counter() - start, 2)
-        return {**row, "coverage": 0, "spec (s)": seconds, "remark": f"not traceable: {error}"}
+        yield {**row, "coverage": 0, "spec (s)": seconds, "remark": f"not traceable: {error}"}
+        return
     row["spec (s)"] = round(time.perf_counter() - start, 2)
     row["groups"] = len(spec.groups)
     row["units"] = sum(group.size for group in spec.groups)
     row["coverage"] = round(spec.coverage, 5)
     row["remark"] = reasons(spec)
+    yield row
 
     planted = random_permutation(spec, 1)
     expected = outputs(network, wide, inputs)
@@ -152,7 +185,10 @@ def measure(family: str, network: Network) -> dict[str, Any]:
         for a, b in zip(expected, got, strict=True)
     )
     row["output error"] = f"{error:.1e}"
+    yield row
     del expected, got
+    if parameters > recover:
+        return
     reference = wide.to(torch.float32)
     other = apply_permutation(reference, spec, planted)
     start = time.perf_counter()
@@ -160,7 +196,7 @@ def measure(family: str, network: Network) -> dict[str, Any]:
     row["align (s)"] = round(time.perf_counter() - start, 2)
     pairs = zip(reference.state_dict().values(), found.state_dict().values(), strict=True)
     row["recovered"] = "yes" if all(torch.equal(a, b) for a, b in pairs) else "no"
-    return row
+    yield row
 
 
 def calibrate(model: Any, network: Network, inputs: tuple[Any, ...]) -> None:
@@ -210,7 +246,13 @@ def reasons(spec: Any) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    versions = [
+        f"{library} {importlib.metadata.version(library)}"
+        for library in LIBRARIES
+        if importlib.util.find_spec(library) is not None
+    ]
+    lines = [f"{datetime.date.today()}; {', '.join(versions)}.", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(row[c].replace('|', '/') for c in COLUMNS)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
