@@ -125,7 +125,8 @@ def align(
         spec = permutation_spec(model, example_input)
     _require_one_architecture(model, reference, spec)
 
-    where = exact_device(device if device is not None else next(model.parameters()).device)
+    own = next(model.parameters(), torch.empty(0)).device
+    where = exact_device(device if device is not None else own)
     if by == "weights":
         matching = by_weights(
             spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where

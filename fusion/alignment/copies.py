@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fusion.alignment.nested import flat
+from fusion.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -27,5 +29,12 @@ def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
 
 
 def copied(model: Module) -> Module:
-    """Return a deep copy of ``model``."""
+    """Return a deep copy of ``model``.
+
+    Raises:
+        UserError: it holds a sparse tensor, which torch cannot copy.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout != torch.strided:
+            raise UserError(f"'{name}' is a sparse tensor, which cannot be copied; make it dense")
     return copy.deepcopy(model, computed_tensors(model))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fusion.alignment.tracing import DoesNotFitError, trace
+from fusion.alignment.tracing import trace
+from fusion.alignment.untraceable import DoesNotFitError
 from fusion.errors import UserError
 
 # Sides of the square images that networks are made for: ImageNet, Inception v3, CIFAR, Tiny

@@ -39,11 +39,11 @@ class Labeller:
         """Apply the rule of every operation of ``trace``."""
         groups, views = _groups(trace), _views(trace)
         key_of = {id(tensor): key for key, tensor in trace.state.items()}
-        read = {id(part) for call in trace.calls for part in flat(dict(call.arguments))}
-        read |= {id(output) for output in trace.outputs}
+        read = {id(output) for output in trace.outputs}
+        calls = [call for call in reversed(trace.calls) if _leads_to(call, read)][::-1]
         literals = {
             id(part)
-            for call in trace.calls
+            for call in calls
             if call.name.startswith("lift")
             for part in flat(dict(call.arguments))
         }
@@ -62,7 +62,7 @@ class Labeller:
                 known[id(tensor)] = labels
             return known[id(tensor)]
 
-        for call in trace.calls:
+        for call in calls:
             results = [part for part in flat(call.result) if isinstance(part, Tensor)]
             if all(not result.is_meta for result in results):
                 continue  # a constant, of which the values are known
@@ -94,7 +94,7 @@ class Labeller:
         return {key for key, first in self.first_name.items() if first in self.state}
 
     def _apply(self, op: Operation) -> tuple[Labels, ...]:
-        rule = RULES.get(op.name)
+        rule = None if _is_empty(op) else RULES.get(op.name)
         if op.labels() or op.name in ALIKE:
             found = None if rule is None else rule(op)
         else:  # `arange` and the like
@@ -116,7 +116,7 @@ class Labeller:
         if key not in self.state:
             factors: list[Tensor] = []
             shape = view or tuple(tensor.shape)
-            for axis, size in enumerate(shape):
+            for axis, size in enumerate(shape if tensor.numel() else ()):
                 if axis == 1 and groups > 1:
                     factors.append(self._columns_of_groups(key, shape, groups, factors[0]))
                 elif size > 1:
@@ -136,6 +136,23 @@ class Labeller:
         self.ledger.partition(atoms, rows.view(groups, -1))
         ones = [1] * (len(shape) - 2)
         return atoms.repeat_interleave(n, dim=0).view(shape[0], shape[1], *ones)
+
+
+def _leads_to(call: Call, read: set[int]) -> bool:
+    """Whether a call makes something that is ``read`` later on; then so are its arguments."""
+    if read.isdisjoint(map(id, flat(call.result))):
+        return False
+    read.update(map(id, flat(dict(call.arguments))))
+    return True
+
+
+def _is_empty(op: Operation) -> bool:
+    """Whether something is made, or made of, nothing: on another input there might be elements."""
+    if op.name in ALIKE:
+        return False
+    made = [shape for shape, used in zip(op.shapes, op.used, strict=True) if used]
+    taken = [x.shape for x in op.labels() if op.name != "cat" or x.shape != (0,)]
+    return any(not shape.numel() for shape in (*made, *taken))
 
 
 def _constant(tensor: Tensor) -> Labels:

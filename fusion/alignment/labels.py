@@ -69,6 +69,8 @@ class Labels:
     def viewed(self, shape: Sequence[int]) -> Labels:
         """Return the labels of the same elements, in order, as a tensor of another shape."""
         shape = list(shape)
+        if shape == list(self.shape):
+            return self
         if -1 in shape:
             rest = math.prod(size for size in shape if size != -1)
             shape[shape.index(-1)] = math.prod(self.shape) // max(rest, 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,15 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusion.alignment.copies import computed_tensors
 from fusion.alignment.nested import flat, nested
+from fusion.alignment.untraceable import (
+    ChangesInPlaceError,
+    DoesNotFitError,
+    OpaqueOutputError,
+    ReadsValuesError,
+    check_kind,
+    explained,
+)
 from fusion.errors import UserError, first_line
 
-
-class DoesNotFitError(UserError):
-    """The forward pass failed on this input; on one of another shape it may not."""
-
-
 Forward = Callable[..., Any]
-_CURE = "pass a permutation spec written by hand, or rewrite the forward pass"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +99,19 @@ def trace(
         UserError: the model cannot be copied, or its forward pass depends on more than shapes.
     """
     name = type(model).__name__
-    if forward is None and "forward" in vars(model):
+    check_kind(model)
+    if not all(x.numel() for x in inputs):
         raise UserError(
-            f"{name} cannot be traced: its forward was replaced on the instance, where a trace "
-            f"does not look; make a subclass with that forward (of a network from torch.compile, "
-            f"give its _orig_mod)"
+            f"example_input has the shape {', '.join(str(tuple(x.shape)) for x in inputs)}, in "
+            f"which there is nothing to follow; give one input at least"
         )
     if forward is None:
+        if "forward" in vars(model):
+            raise UserError(
+                f"{name} cannot be traced: its forward was replaced on the instance, where a trace "
+                f"does not look; make a subclass with that forward (of a network from "
+                f"torch.compile, give its _orig_mod)"
+            )
         _check_count(model, inputs)
     skeleton, state, constants = _skeleton(model)
     for module in skeleton.modules():
@@ -122,8 +129,10 @@ def trace(
     with _located(skeleton, recorder):
         try:
             record.outputs = _run(skeleton, run, inputs, recorder)
+            if not record.outputs:
+                raise OpaqueOutputError("value without a tensor")
         except Exception as error:  # a forward pass may raise anything
-            raise _explained(name, inputs, recorder.module, error) from error
+            raise explained(name, inputs, recorder.module, error) from error
     return record
 
 
@@ -145,18 +154,6 @@ def _check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 # -- the run ---------------------------------------------------------------------------------------
 
 
-class _ReadsValuesError(Exception):
-    """The forward pass asked for the value of a tensor that has only a shape."""
-
-
-class _ChangesInPlaceError(Exception):
-    """An operation changes a tensor in a way that cannot be rewritten."""
-
-
-class _OpaqueOutputError(Exception):
-    """The forward pass returned an object whose tensors cannot be found."""
-
-
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each operation that reaches the dispatcher below functionalization."""
 
@@ -172,10 +169,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [value for value in flat(arguments) if isinstance(value, Tensor)]
         shapes_only = any(tensor.is_meta for tensor in tensors)
         name = _name(func)
-        if shapes_only and name in _READS_VALUES:
-            raise _ReadsValuesError
+        if shapes_only and _reads_values(func, arguments):
+            raise ReadsValuesError
         if shapes_only and func._schema.is_mutable:  # what functionalization did not rewrite
-            raise _ChangesInPlaceError(name)
+            raise ChangesInPlaceError(name)
         if shapes_only:
             change = _indices_stay if name == "index" else _on_meta
             run = {key: change(value) for key, value in arguments.items()}
@@ -189,7 +186,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-_READS_VALUES = frozenset(("_local_scalar_dense", "is_nonzero", "equal", "item"))
+def _reads_values(func: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether what comes out, or its shape, depends on the value of a tensor without one."""
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    if _name(func) == "index":  # an index gives a shape, a mask does not
+        indices = [index for index in arguments["indices"] if index is not None]
+        return any(index.is_meta and index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if arguments.get("output_size") is not None:
+        return False
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
         yield from _tensors_in(vars(value))  # a dataclass, a namespace
     elif not isinstance(value, int | float | complex | str | bytes | None):
-        raise _OpaqueOutputError(type(value).__name__)
+        raise OpaqueOutputError(type(value).__name__)
 
 
 class _located:  # noqa: N801  # reads as a context
@@ -340,46 +346,3 @@ def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[int,
             f"{name} cannot be copied ({first_line(error)}); remove what hangs on it, and run lazy "
             f"layers once"
         ) from error
-
-
-# -- what went wrong -------------------------------------------------------------------------------
-
-
-def _explained(name: str, inputs: Sequence[Tensor], module: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, _OpaqueOutputError):
-        return UserError(
-            f"{name} cannot be traced: it returns a {error}, in which no tensors are found; "
-            f"return tensors in tuples, lists, dicts or dataclasses"
-        )
-    place = _place(module, error)
-    if isinstance(error, _ChangesInPlaceError):
-        return UserError(
-            f"{name} cannot be traced: {place}: {error} changes a tensor in place, and has no form "
-            f"that does not; {_CURE}"
-        )
-    if isinstance(error, _ReadsValuesError):
-        return UserError(
-            f"{name} cannot be traced: {place}: its forward pass depends on the value of a tensor, "
-            f"not only on shapes; {_CURE}"
-        )
-    shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-    return DoesNotFitError(
-        f"example_input of shape {shapes} does not fit {name}: {place} fails "
-        f"({first_line(error)}); give an input as the network takes it, with its batch axis, or "
-        f"a permutation spec written by hand"
-    )
-
-
-def _place(module: str, error: BaseException) -> str:
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "alignment/tracing" not in frame.filename
-    ]
-    where = f"module '{module}'" if module else "the outermost module"
-    outside = [frame for frame in frames if "/torch/" not in frame.filename]
-    if not outside:
-        return where
-    return f"{where}, {outside[-1].filename}:{outside[-1].lineno}, `{outside[-1].line}`"

@@ -20,13 +20,14 @@ ELEMENTWISE = frozenset((
     "sin", "sinc", "sinh", "softplus", "softshrink", "sqrt", "square", "tan", "tanh", "threshold",
     "trunc",
     # the same values
-    "_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy",
-    "positive", "real", "view_as_real_copy",
+    "_conj", "_conj_physical", "_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh",
+    "lift_fresh_copy", "positive", "real",
     # of several
     "_prelu_kernel", "add", "addcdiv", "addcmul", "atan2", "bitwise_and", "bitwise_or",
-    "bitwise_xor", "copysign", "div", "eq", "floor_divide", "fmax", "fmin", "fmod", "ge", "gt",
-    "hypot", "le", "lerp", "logaddexp", "logical_and", "logical_or", "logical_xor", "lt",
-    "masked_fill", "maximum", "minimum", "mul", "ne", "pow", "remainder", "rsub", "sub", "where",
+    "bitwise_xor", "complex", "copysign", "div", "eq", "floor_divide", "fmax", "fmin", "fmod",
+    "ge", "gt", "hypot", "le", "lerp", "logaddexp", "logical_and", "logical_or", "logical_xor",
+    "lt", "masked_fill", "maximum", "minimum", "mul", "ne", "polar", "pow", "remainder", "rsub",
+    "sub", "where",
     "xlogy",
 ))
 ALIKE = frozenset((

@@ -20,7 +20,8 @@ SELECTIONS = frozenset((
     "constant_pad_nd", "diagonal", "expand", "im2col", "index", "index_select", "narrow",
     "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "repeat", "replication_pad1d",
     "replication_pad2d", "replication_pad3d", "select", "slice", "split", "split_with_sizes",
-    "tril", "triu", "unbind", "unfold",
+    "tril", "triu", "unbind", "unfold", "unsafe_chunk", "unsafe_split",
+    "unsafe_split_with_sizes",
 ))  # fmt: skip
 # These put a constant where nothing moves to.
 FILLED = frozenset(("constant_pad_nd", "im2col", "tril", "triu"))

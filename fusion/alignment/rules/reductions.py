@@ -53,7 +53,7 @@ def squeezed(x: Labels, axes: Axes) -> Labels:
 
 
 def _axes(x: Labels, dim: Any) -> Axes:
-    if dim is None or (isinstance(dim, list | tuple) and not dim):
+    if not x.rank or dim is None or (isinstance(dim, list | tuple) and not dim):
         return frozenset(range(x.rank))
     return x.axes(dim)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fusion.alignment.labels import Labels, grid
 from fusion.alignment.primitives import confine, meet, spread
+from fusion.alignment.rules.contractions import inserted
 from fusion.alignment.rules.operation import Operation, Rule
+from fusion.alignment.rules.reductions import squeezed
 
 # name -> number of trailing axes over which it works
 TRAILING = {
@@ -33,8 +35,21 @@ def trailing(op: Operation) -> tuple[Labels, ...]:
 def along_axes(op: Operation) -> tuple[Labels, ...]:
     """Work over the axes ``dim`` and keep their number: cumulative sums, sorting, Fourier."""
     x = op["self"]
-    over = x.axes(op["dim"])
+    over = x.axes(op["dim"]) if x.rank else frozenset()
     return tuple(spread(op.ledger, x, over, shape, op.why) for shape in op.shapes)
+
+
+def parts(op: Operation) -> Labels:
+    """Write complex numbers as pairs along a new last axis."""
+    x = inserted(op["self"], op["self"].rank)
+    return spread(op.ledger, x, frozenset((x.rank - 1,)), op.shape, op.why)
+
+
+def whole(op: Operation) -> Labels:
+    """Read the pairs along the last axis as complex numbers."""
+    last = frozenset((op["self"].rank - 1,))
+    x = spread(op.ledger, op["self"], last, [*op.shape, 1], op.why)
+    return squeezed(x, last)
 
 
 def fold(op: Operation) -> Labels | None:
@@ -77,6 +92,8 @@ RULES: dict[str, Rule] = {
         ),
         along_axes,
     ),
+    "view_as_real": parts,
+    "view_as_complex": whole,
     "col2im": fold,
     "max_unpool2d": unpool,
     "max_unpool3d": unpool,
