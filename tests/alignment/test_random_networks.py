@@ -328,6 +328,27 @@ class RandomNetwork(nn.Module):
 
         self._add(step, n)
 
+    def covariance(self) -> None:
+        """Products of all pairs of channels: attention between them, or some of the pairs."""
+        at, n = self._source()
+        kind = self.draw.choice(["attention", "diagonal", "triangle", "row"])
+
+        def step(net: RandomNetwork, kept: list[Tensor]) -> Tensor:
+            x = kept[at]
+            flat = F.normalize(x.flatten(2), dim=-1)
+            pairs = flat @ flat.mT
+            if kind == "attention":
+                return (pairs.softmax(-1) @ flat).view_as(x)
+            if kind == "diagonal":
+                gate = (pairs + pairs[:, :1]).diagonal(dim1=1, dim2=2)
+            elif kind == "triangle":
+                gate = pairs.tril().mean((1, 2)).view(-1, 1)
+            else:
+                gate = pairs[:, n // 2]
+            return x * gate.view(len(x), -1, *net._ones)
+
+        self._add(step, n)
+
     def squeeze_and_excitation(self) -> None:
         at, n = self._source()
         self.layers.append(nn.Sequential(nn.Linear(n, 3), nn.ReLU(), nn.Linear(3, n)))
@@ -373,6 +394,23 @@ class RandomNetwork(nn.Module):
         self._add(
             lambda net, kept: kept[at] * torch.sigmoid(gate(kept[at], dim=1, keepdim=True)), n
         )
+
+    def numbers(self) -> None:
+        """Numbers that are no parameters, some of them equal; and sums in which they count."""
+        at, n = self._source()
+        numbers = torch.tensor([float(self.draw.randint(1, 2)) for _ in range(n)])
+        kind = self.draw.choice(["scale", "mean", "rank"])
+
+        def step(net: RandomNetwork, kept: list[Tensor]) -> Tensor:
+            x = kept[at]
+            scaled = x * numbers.to(x.dtype).view(1, n, *net._ones)
+            if kind == "scale":
+                return scaled
+            if kind == "mean":
+                return x + scaled.mean(dim=1, keepdim=True)
+            return x * scaled.mean(dim=1, keepdim=True).argmax(dim=2, keepdim=True)
+
+        self._add(step, n)
 
     # -- data that is moved ------------------------------------------------------------------------
 
