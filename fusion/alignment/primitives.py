@@ -94,8 +94,9 @@ def meet(ledger: Ledger, a: Labels, b: Labels, why: str) -> Labels:
             where = pattern(sites, support(factor), rank)
             if 1 < factor.numel() == int(where.max()) + 1:
                 ledger.fix(factor, other.cause or why)  # its sites tell all its atoms apart
-            else:
-                ledger.colour(factor, where)
+                continue
+            ledger.colour(factor, where)
+            if factor.numel() > 1:  # a single atom is now like no other: it stays
                 factors.append(factor)
     cause = a.cause if not a.factors or not b.cause else b.cause
     return Labels(shape, tuple(factors), tidy(more), cause)
