@@ -331,7 +331,7 @@ class RandomNetwork(nn.Module):
     def covariance(self) -> None:
         """Products of all pairs of channels: attention between them, or some of the pairs."""
         at, n = self._source()
-        kind = self.draw.choice(["attention", "diagonal", "triangle", "row"])
+        kind = self.draw.choice(["attention", "neighbours", "triangle", "row"])
 
         def step(net: RandomNetwork, kept: list[Tensor]) -> Tensor:
             x = kept[at]
@@ -339,8 +339,8 @@ class RandomNetwork(nn.Module):
             pairs = flat @ flat.mT
             if kind == "attention":
                 return (pairs.softmax(-1) @ flat).view_as(x)
-            if kind == "diagonal":
-                gate = (pairs + pairs[:, :1]).diagonal(dim1=1, dim2=2)
+            if kind == "neighbours":
+                gate = pairs.diagonal(1, dim1=1, dim2=2).mean(1, keepdim=True)
             elif kind == "triangle":
                 gate = pairs.tril().mean((1, 2)).view(-1, 1)
             else:
@@ -396,10 +396,10 @@ class RandomNetwork(nn.Module):
         )
 
     def numbers(self) -> None:
-        """Numbers that are no parameters, some of them equal; and sums in which they count."""
+        """Numbers that are no parameters, some of them equal; and channels told by their place."""
         at, n = self._source()
         numbers = torch.tensor([float(self.draw.randint(1, 2)) for _ in range(n)])
-        kind = self.draw.choice(["scale", "mean", "rank"])
+        kind = self.draw.choice(["scale", "mean", "some", "one", "place"])
 
         def step(net: RandomNetwork, kept: list[Tensor]) -> Tensor:
             x = kept[at]
@@ -408,7 +408,11 @@ class RandomNetwork(nn.Module):
                 return scaled
             if kind == "mean":
                 return x + scaled.mean(dim=1, keepdim=True)
-            return x * scaled.mean(dim=1, keepdim=True).argmax(dim=2, keepdim=True)
+            if kind == "some":
+                return x + x[:, : n // 2].mean(dim=1, keepdim=True)
+            if kind == "one":
+                return x * x[:, n // 2 : n // 2 + 1].sigmoid()
+            return x + x.argmax(dim=1, keepdim=True)
 
         self._add(step, n)
 
