@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 from fusion.alignment import (
     align,
     apply_permutation,
+    inverse,
     permutation_spec,
     random_permutation,
 )
@@ -161,6 +162,25 @@ def windowed() -> nn.Module:
                 table=nn.Parameter(torch.zeros(49, 2)))  # fmt: skip
     net.register_buffer("index", torch.arange(256).view(16, 16) % 49)
     return net
+
+
+def recurrent(m: Net, x: Tensor) -> Tensor:
+    """A recurrent layer over the rows, in both directions."""
+    rows = m.over(x.mean(3).transpose(1, 2))[0]
+    return m.b(x + rows.transpose(1, 2).unsqueeze(3))
+
+
+def frequencies(m: Net, x: Tensor) -> Tensor:
+    """A filter for each channel in Fourier space (GFNet, Rao et al., 2021, 2107.00645)."""
+    return torch.fft.irfft2(torch.fft.rfft2(m.a(x)) * torch.view_as_complex(m.filter))
+
+
+def gates(m: Net, x: Tensor) -> Tensor:
+    """Contexts, each times one channel of its own (focal modulation, 2203.11926)."""
+    for name in "abcd":
+        context, gate = m.get_submodule(name)(x).split([8, 1], dim=1)
+        x = x + (context * gate).relu() * gate
+    return x
 
 
 # -- channels that are moved -----------------------------------------------------------------------
@@ -321,6 +341,24 @@ STRUCTURES: dict[str, Case] = {
         IMAGE, set(),
     ),
     "attention in windows": (windowed, IMAGE, set()),
+    "recurrent layer": (
+        lambda: chain(recurrent, b=conv(8, 8),
+                      over=nn.LSTM(8, 4, batch_first=True, bidirectional=True)), IMAGE, set(),
+    ),
+    "filter in Fourier space": (
+        lambda: chain(frequencies, a=conv(8, 8), filter=nn.Parameter(torch.zeros(8, 12, 7, 2))),
+        IMAGE, set(),
+    ),
+    "gates of one channel": (
+        lambda: chain(gates, **{name: conv(8, 9) for name in "abcd"}), IMAGE,
+        {"no other unit being like it"},
+    ),
+    # The units of a block come in an order that is not that of the first convolution.
+    "rolled between groups": (
+        lambda: chain(lambda m, x: m.b(m.a(x).roll(1, 1)), a=conv(8, 12),
+                      b=conv(12, 8, groups=4)),
+        IMAGE, set(),
+    ),
     "padding by shape": (lambda: chain(same_padding, a=conv(8, 8)), ((3, 9, 9),), set()),
     "fixed blur": (
         lambda: blurred(), IMAGE, set(),
@@ -418,9 +456,10 @@ def test_a_structure_is_covered(name: str) -> None:
         not torch.equal(a, b)
         for a, b in zip(model.parameters(), permuted.parameters(), strict=True)
     )
-    found = align(permuted, model, spec=spec).model
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(found.state_dict()[key], tensor), key
+    undone = apply_permutation(permuted, spec, inverse(spec, planted))
+    for back in (undone, align(permuted, model, spec=spec).model):
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(back.state_dict()[key], tensor), key
 
 
 def outputs(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
