@@ -326,7 +326,7 @@ def _skeleton(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[int,
             if isinstance(tensor, nn.Parameter):
                 empty = torch.empty_like(tensor, device="meta")
                 memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            elif tensor.is_floating_point() or tensor.is_complex():
+            elif tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
                 memo[id(tensor)] = torch.empty_like(tensor, device="meta")
             else:
                 memo[id(tensor)] = tensor.detach().cpu().clone()

@@ -150,3 +150,9 @@ def test_a_sparse_tensor_is_refused() -> None:
     spec = permutation_spec(model, torch.zeros(1, 1, 8, 8))
     with pytest.raises(UserError, match="'mask' is a sparse tensor"):
         apply_permutation(model, spec, {})
+
+
+def test_a_network_without_weights_has_the_symmetries_of_one_with_them() -> None:
+    model = Net(NUMBERS["times"], alpha=number()).eval()
+    spec = permutation_spec(model, torch.zeros(1, 1, 8, 8))
+    assert str(permutation_spec(model.to("meta"), torch.zeros(1, 1, 8, 8))) == str(spec)
