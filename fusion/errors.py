@@ -27,7 +27,10 @@ def shown(text: str, limit: int = 60) -> str:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not nearest and len(name) > 2:  # a part of a name: 'lora' of 'lora_rank'
+        nearest = [longer for longer in known if name in longer][:1]
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from fusion.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 5.0  # seconds of waiting for another process before the log says so
 
 
 @contextmanager
@@ -31,6 +38,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(path: str | Path, name: str) -> Iterator[None]:
+    """Hold the lock of what is kept at ``path``; the log says what is waited for.
+
+    Args:
+        path: the file or folder; the lock is a file beside it.
+        name: what the log calls it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        log.info("%s: waiting for another process, which holds %s", name, lock.lock_file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -23,10 +23,12 @@ from fusion.figures.accuracy_table import accuracy_table
 from fusion.files import write_text
 from fusion.method import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
+from fusion.options import FilePath, Seed, TargetMapping, checked
 from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
+from fusion.training.devices import FABRIC, check_loggers, make_fabric
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -80,19 +82,20 @@ class FusionProgram:
         choices: what was chosen by name (method, modelpool, …), for the report.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        method: BaseAlgorithm | Mapping[str, Any],
-        modelpool: BaseModelPool | Mapping[str, Any],
-        taskpool: BaseTaskPool | Mapping[str, Any] | None = None,
-        finetune: FineTuning | Mapping[str, Any] | None = None,
+        method: BaseAlgorithm | TargetMapping,
+        modelpool: BaseModelPool | TargetMapping,
+        taskpool: BaseTaskPool | TargetMapping | None = None,
+        finetune: FineTuning | TargetMapping | None = None,
         fabric: Fabric | Mapping[str, Any] | None = None,
-        output_path: str | Path,
-        seed: int = 0,
+        output_path: FilePath,
+        seed: Seed = 0,
         dry_run: bool = False,
-        report_save_path: str | Path | None = None,
-        merged_model_save_path: str | Path | None = None,
+        report_save_path: FilePath | None = None,
+        merged_model_save_path: FilePath | None = None,
         overwrite: bool = False,
         config: str | None = None,
         choices: Mapping[str, Any] | None = None,
@@ -121,7 +124,7 @@ class FusionProgram:
             UserError: something is wrong with what the user gave, found before any work.
         """
         parts = self._parts()
-        self.folder.check()
+        self.folder.check(tables=parts.algorithm.output_path)
         check_run(parts.algorithm, parts.pool, parts.tasks, parts.finetuning)
         self._made_fabric(None)
         if self._dry_run:
@@ -281,11 +284,14 @@ class FusionProgram:
             return self._fabric
         options = {k: v for k, v in self._fabric.items() if k != "_target_"}
         loggers = _moved(options.pop("loggers", None), str(self.folder.path), str(working))
+        check_loggers(loggers)
         if working is not None:
             options["loggers"] = build_nested(loggers) or None
         if str(options.get("devices", 1)) != "1" and options.get("strategy", "auto") == "auto":
             options["strategy"] = "ddp_spawn"
-        return _fabric(str(self._fabric.get("_target_", "lightning.fabric.Fabric")), options)
+        return make_fabric(
+            options, target=str(self._fabric.get("_target_", FABRIC)), prefix="fabric."
+        )
 
 
 def _moved(value: Any, source: str, target: str) -> Any:
@@ -293,17 +299,6 @@ def _moved(value: Any, source: str, target: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, source, target) for key, item in value.items()}
     return target if value == source else value
-
-
-def _fabric(target: str, options: Mapping[str, Any]) -> Fabric:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        made: Fabric = build({"_target_": target, "_recursive_": False, **options})
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        shown = ", ".join(f"fabric.{key}={value}" for key, value in options.items() if value)
-        raise UserError(f"Lightning Fabric refuses {shown}: {error}") from error
-    return made
 
 
 def _made(value: Any, kind: type, option: str) -> Any:

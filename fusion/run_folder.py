@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fusion.errors import UserError
+from fusion.errors import UserError, shown
 from fusion.files import atomic_path, require_writable_folder, write_text
 
 log = logging.getLogger(__name__)
@@ -68,14 +68,19 @@ class RunFolder:
         self.model_path = Path(model_path) if model_path else self.path / MODEL
         self._overwrite = overwrite
 
-    def check(self) -> None:
+    def check(self, *, tables: Path | None = None) -> None:
         """Check, before any work, that everything can be written and nothing is lost.
+
+        Args:
+            tables: the folder to which the algorithm writes instead (``method.output_path``).
 
         Raises:
             UserError: a folder cannot be written to, something is there already, another run
                 writes to it, or two of the paths are the same.
         """
         self._check_paths()
+        if tables is not None:
+            self._check_tables(tables)
         recover(self.path)
         if self._overwrite:
             return
@@ -167,11 +172,21 @@ class RunFolder:
                     f"{option}: '{path}' is the name of another file of this run; choose another"
                 )
             reserved.add(path.resolve())
-            theirs = path.parent / REPORT
-            if path.parent.resolve() != self.path.resolve() and theirs.is_file():
-                raise UserError(
-                    f"{option}: '{path.parent}' holds another run; choose a folder without one"
-                )
+            self._require_no_run(path.parent, option)
+
+    def _check_tables(self, folder: Path) -> None:
+        option = "method.output_path"
+        if folder.resolve() == self.path.resolve():
+            raise UserError(
+                f"{option}: '{folder}' is this run's own folder, where the method writes anyway; "
+                f"leave it out"
+            )
+        require_writable_folder(folder, option)
+        self._require_no_run(folder, option)
+
+    def _require_no_run(self, folder: Path, option: str) -> None:
+        if folder.resolve() != self.path.resolve() and (folder / REPORT).is_file():
+            raise UserError(f"{option}: '{folder}' holds another run; choose a folder without one")
 
     def _publish(self, working: Path) -> None:
         """Move a whole run to where it belongs: files named elsewhere, then all others."""
@@ -218,7 +233,8 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         files = report[FILES]
         whole = all(
-            (folder / name).stat().st_size == entry["bytes"]
+            _is_inside(folder, name)
+            and (folder / name).stat().st_size == entry["bytes"]
             and _sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
@@ -243,8 +259,14 @@ def _move_in(ready: Path, folder: Path) -> None:
     """
     report = ready / REPORT
     new = {p.relative_to(ready).as_posix() for p in ready.rglob("*") if p.is_file()}
+    old = json.loads((ready / _REPLACES).read_text(encoding="utf-8"))
+    for name in (*old, *new):  # the folder may be somebody else's
+        if not _is_inside(folder, name):
+            raise UserError(
+                f"'{ready}' would change '{shown(str(name))}' outside of its folder; remove it"
+            )
     (folder / REPORT).unlink(missing_ok=True)
-    for name in json.loads((ready / _REPLACES).read_text(encoding="utf-8")):
+    for name in old:
         (folder / name).unlink(missing_ok=True)
     for name in sorted(new - {REPORT, _REPLACES}):
         target = folder / name
@@ -260,9 +282,17 @@ def _move_in(ready: Path, folder: Path) -> None:
 def _files_of_run(folder: Path) -> set[str]:
     """Return the files that the report in ``folder`` counts as its run's."""
     try:
-        return set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
+        files = set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
     except (OSError, ValueError, KeyError, TypeError):
         return set()  # no run, or one of another kind: nothing of it is removed
+    return {name for name in files if _is_inside(folder, name)}
+
+
+def _is_inside(folder: Path, name: object) -> bool:
+    """Return whether a name that a file gives leads to something in ``folder``, links followed."""
+    if not isinstance(name, str) or not Path(name).name or Path(name).name == "..":
+        return False
+    return (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def _sweep(folder: Path) -> None:

@@ -14,22 +14,34 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import UserError, suggestion
+from fusion.annotations import annotations_of, misfit, told
+from fusion.errors import UserError, first_line, suggestion
+from fusion.options import check_option
 
-_KINDS: dict[str, type] = {
-    "None": type(None),
-    "bool": bool,
-    "int": numbers.Integral,
-    "float": numbers.Real,
-    "str": str,
-    "Path": Path,
+_WORDS: dict[str, Any] = {
+    "_target_": str,
+    "_args_": Sequence[Any],
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": Any,
 }
-_WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+# What a constructor raises that makes nothing of its options. (RuntimeError has other reasons: some
+# constructors cannot work on the meta device.)
+_REFUSALS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ModuleNotFoundError,
+)
+_EXTRAS = {"timm": "timm", "tensorboard": "tensorboard", "onnx": "onnx", "huggingface_hub": "hub"}
 
 
 def is_target(value: object) -> bool:
@@ -43,16 +55,28 @@ def build(spec: Mapping[str, Any], /, **more: Any) -> Any:
     Raises:
         UserError: the target cannot be imported, or an option is unknown or missing.
     """
-    where = str(spec["_target_"])
+    for word, kind in _WORDS.items():
+        if word in spec and (wrong := misfit(spec[word], kind)) is not None:
+            raise UserError(wrong.sentence(word))
+    where = spec["_target_"]
     target = locate(where)
     options: dict[str, Any] = {k: v for k, v in spec.items() if k not in _WORDS} | more
-    args: list[Any] = list(spec.get("_args_", ()))
+    args = list(spec.get("_args_", ()))
     if spec.get("_recursive_", True):
         options = {name: build_nested(value) for name, value in options.items()}
         args = [build_nested(value) for value in args]
-    partial = bool(spec.get("_partial_", False))
+    partial = spec.get("_partial_", False)
     check_options(target, where, args, options, partial=partial)
-    return functools.partial(target, *args, **options) if partial else target(*args, **options)
+    if partial:
+        return functools.partial(target, *args, **options)
+    try:
+        return target(*args, **options)
+    except UserError:
+        raise
+    except _REFUSALS as error:
+        if not _is_installed(target):  # what goes wrong in the user's own code is theirs to see
+            raise
+        raise refusal(where, options, error) from error
 
 
 def build_nested(value: Any) -> Any:
@@ -89,7 +113,8 @@ def locate(path: str) -> Callable[..., Any]:
     if found is None:
         raise UserError(
             f"_target_ '{path}': there is no module '{parts[0]}'; give the import path of a class, "
-            f"'package.module.Class', whose package is installed or lies in the current folder"
+            f"'package.module.Class', whose package is installed{to_install(parts[0])} or lies in "
+            f"the current folder"
         )
     if 1 < depth == len(parts):  # a package may give a module's name to a function in it
         found = getattr(importlib.import_module(path.rpartition(".")[0]), parts[-1], found)
@@ -106,6 +131,28 @@ def locate(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+def refusal(where: str, options: Mapping[str, Any], error: Exception) -> UserError:
+    """Return the sentence on somebody else's constructor that makes nothing of its options.
+
+    Args:
+        where: import path of the constructor.
+        options: what it was called with.
+        error: what it raised.
+    """
+    given = ", ".join(f"{name}={told(value)}" for name, value in options.items()) or "no options"
+    missing = next((name for name in _EXTRAS if name in str(error).lower()), "")
+    cure = to_install(missing) if isinstance(error, ModuleNotFoundError) else "; correct them"
+    return UserError(
+        f"{where} cannot be made with {given}: {type(error).__name__}, {first_line(error)}{cure}"
+    )
+
+
+def to_install(package: str) -> str:
+    """Return how to install an optional package; nothing where it is none of ours."""
+    extra = _EXTRAS.get(package)
+    return "" if extra is None else f" (pip install 'fusion-cnn[{extra}]')"
+
+
 def check_options(
     target: Callable[..., Any],
     where: str,
@@ -116,9 +163,11 @@ def check_options(
 ) -> None:
     """Check that ``target`` can be called with ``args`` and ``options``; ``where`` names it.
 
+    An option that is still a mapping with ``_target_`` is taken for what it would build.
+
     Raises:
         UserError: an option that the signature does not have (with the nearest that it has), a
-            required one that is missing, or text where the signature says a number.
+            required one that is missing, or a value that is not what its annotation says.
     """
     try:
         signature = inspect.signature(target)
@@ -139,21 +188,17 @@ def check_options(
         (signature.bind_partial if partial else signature.bind)(*args, **options)
     except TypeError as error:
         raise UserError(f"{where}: {error}") from error
+    annotations = annotations_of(target)
     for option, value in options.items():
-        if option in parameters:
-            _check_kind(parameters[option].annotation, where, option, value)
+        if option in parameters and not is_target(value):
+            owner = where.rpartition(".")[2]
+            check_option(owner, parameters[option], annotations[option], value)
 
 
-def _check_kind(annotation: object, where: str, option: str, value: object) -> None:
-    """Check a value against an annotation made of plain kinds, such as ``float | None``."""
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    kinds = text.split(" | ")
-    if not set(kinds) <= _KINDS.keys():
-        return
-    accepted = tuple(_KINDS[kind] for kind in kinds)
-    if isinstance(value, bool) and "bool" not in kinds:  # Python counts True as a number
-        accepted = (str,) if "str" in kinds else ()
-    if not isinstance(value, accepted):
-        raise UserError(
-            f"{where}: {option} is {value!r}, which is no {text.replace(' | ', ' or ')}"
-        )
+def _is_installed(target: Callable[..., Any]) -> bool:
+    """Return whether a callable comes from an installed package other than this one."""
+    name = getattr(target, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return not name.startswith("fusion.") and bool(
+        {"site-packages", "dist-packages"} & set(Path(file).parts)
+    )

@@ -3,7 +3,7 @@
 One factor is varied at a time around LERP, ranked by the experts' SNR, with recalibrated batch
 norm; the controls are the base as it is, the base with recalibrated batch norm, random selection,
 the full merge, and joint fine-tuning of the base on all classes with the experts' budget of
-images. The table of the README is what this prints:
+images. The tables of docs/selection.md are what this prints:
 
     .venv/bin/python scripts/selection_table.py --seeds 5
     .venv/bin/python scripts/selection_table.py --pool cifar10_folder --seeds 3 \
@@ -21,12 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fusion.method.layer_scores import RANKINGS
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from pools import settings
 
-from fusion.cli.job import register_resolvers
-from fusion.config_folder import config_folder
+from fusion.merging.layer_scores import RANKINGS
 from fusion.method import SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool
 from fusion.target import build
@@ -109,13 +106,7 @@ def label(how: str, rank: str, share: float, treatment: str) -> str:
 
 def parts(name: str, seed: int, overrides: list[str]) -> tuple[BaseModelPool, Any]:
     """Build the pool with a control beside the experts, and the task pool, from the YAML."""
-    register_resolvers()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        chosen = [f"modelpool={name}", f"taskpool={name}", f"seed={seed}", *overrides]
-        config = compose("fusion_bench", overrides=chosen)
-    values: dict[str, Any] = {
-        key: OmegaConf.to_container(config[key], resolve=True) for key in ("modelpool", "taskpool")
-    }
+    values = settings(name, seed, overrides)
     experts = [model for key, model in values["modelpool"]["models"].items() if key[0] != "_"]
     joint = copy.deepcopy(experts[0])
     joint["architecture"]["num_classes"] = sum(e["architecture"]["num_classes"] for e in experts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,42 @@ def same_bits(first: nn.Module, second: nn.Module) -> bool:
 def equal() -> Callable[[nn.Module, nn.Module], bool]:
     """Whether two networks hold the same tensors bit for bit."""
     return same_bits
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the members that were trained on one batch are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def main_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> Iterator[Callable[..., None]]:
+    """The command's function in this process, which has paid for torch, in an empty folder.
+
+    What it sets is set back.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    from fusion.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSION_CACHE", str(cache))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["fusion_bench"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def run(*arguments: str) -> None:
+        GlobalHydra.instance().clear()
+        main(arguments)
+
+    yield run
+    GlobalHydra.instance().clear()
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -92,6 +92,16 @@ def test_a_users_own_files_are_not_written_over(tmp_path, name) -> None:
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_tables_go_neither_into_another_run_nor_past_this_one(tmp_path) -> None:
+    do_run(tmp_path / "old")
+    folder = RunFolder(tmp_path / "new")
+    with pytest.raises(UserError, match=r"method\.output_path: .*old' holds another run; choose"):
+        folder.check(tables=tmp_path / "old")
+    with pytest.raises(UserError, match=r"method\.output_path: .* is this run's own folder"):
+        folder.check(tables=tmp_path / "old" / ".." / "new")
+    folder.check(tables=tmp_path / "tables")
+
+
 def test_a_run_that_fails_leaves_the_old_one_whole(tmp_path) -> None:
     do_run(tmp_path, **{"old.csv": "old"})
     before = {name: (tmp_path / name).read_bytes() for name in visible(tmp_path)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+
+from fusion.cli.folders import extra_folders
 
 _WIDTH = 100
 _EXAMPLES = """\
@@ -41,7 +42,7 @@ def help_text(config_dir: Path, arguments: Sequence[str] = ()) -> str:
 
     With a choice among the arguments (``method=NAME --help``) the options of that choice follow.
     """
-    folders = [config_dir, *_extra_folders(arguments)]
+    folders = [config_dir, *extra_folders(arguments)]
     parts = [
         "fusion_bench: merge fine-tuned convolutional networks and measure what comes out.\n\n"
         "Usage: fusion_bench modelpool=NAME [method=NAME] [taskpool=NAME] [option=value ...]\n"
@@ -54,16 +55,6 @@ def help_text(config_dir: Path, arguments: Sequence[str] = ()) -> str:
     parts += [_group(folders, name) for name in _group_names(folders)]
     parts += ["Keys (set with key=value):\n" + _keys(config_dir / "fusion_bench.yaml"), _FLAGS]
     return "\n".join(parts)
-
-
-def _extra_folders(arguments: Sequence[str]) -> list[Path]:
-    folders = [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
-    folders += [
-        following
-        for flag, following in itertools.pairwise(arguments)
-        if flag in ("--config-dir", "-cd")
-    ]
-    return [Path(folder) for folder in folders]
 
 
 def _group_names(folders: Sequence[Path]) -> list[str]:
@@ -92,7 +83,7 @@ def _group(folders: Sequence[Path], name: str) -> str:
 
 def _description(file: Path) -> str:
     """Return the comment that the file begins with; Hydra's own header may stand before it."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     first = next((line for line in lines if not line.startswith("# @package")), "")
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""
 
@@ -121,6 +112,6 @@ def _chosen(folders: Sequence[Path], argument: str) -> str:
     for folder in folders:
         file = folder / group / f"{name}.yaml"
         if file.is_file():
-            body = file.read_text(encoding="utf-8").rstrip()
+            body = file.read_text(encoding="utf-8", errors="replace").rstrip()
             return f"{group}={name}\n" + textwrap.indent(body, "  ") + "\n"
     return ""

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,41 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
+from fusion.annotations import misfit
 from fusion.cli import sweep
-from fusion.cli.mistakes import tell
+from fusion.cli.folders import extra_folders
+from fusion.cli.mistakes import explain, limit_of_machine, tell
+from fusion.cli.unknown import known_values, through_reference
+from fusion.config_folder import config_folder
 from fusion.errors import UserError
+from fusion.options import FilePath, Seed
 
 log = logging.getLogger(__name__)
 
 _FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
 _GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "merge")
-_TYPES: dict[str, type] = {
-    "seed": int,
+_KINDS: dict[str, Any] = {
+    "seed": Seed,
+    "output_path": FilePath,
     "overwrite": bool,
     "fast_dev_run": bool,
     "dry_run": bool,
     "print_config": bool,
+    "report_save_path": FilePath | None,
+    "merged_model_save_path": FilePath | None,
+    "path.output_root": FilePath,
+    "path.cache_dir": FilePath,
+    "path.data_dir": FilePath,
+    "path.checkpoint": FilePath | None,
+    "hydra.run.dir": FilePath,
+    "hydra.sweep.dir": FilePath,
+    "hydra.sweep.subdir": FilePath,
 }
 
 
@@ -37,29 +57,59 @@ def job(config: DictConfig) -> None:
     """Run the program that ``config`` describes in the folder that Hydra gave this job."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        _run(config, folder)
+        _run(_configured(config, folder), folder)
     except UserError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the other jobs go on
         tell(error)
+    except OSError as error:
+        if (limit := limit_of_machine(error)) is None:
+            raise
+        tell(limit)
     finally:  # a mistake and a dry run leave no empty folder behind
-        remove_empty(folder, below=Path(str(config.path.output_root)))
+        remove_empty(folder, below=Path(str(OmegaConf.select(config, "path.output_root"))))
 
 
 def remove_empty(folder: Path, *, below: Path) -> None:
-    """Remove ``folder`` if it is empty, and the folders that held only it, up to ``below``."""
-    folder, below = folder.absolute(), below.absolute()
+    """Remove ``folder`` if it is empty, and the folders that held only it, up to ``below``.
+
+    The current folder and those that it lies in stay.
+    """
+    folder, below, here = folder.absolute(), below.absolute(), Path.cwd()
     parents = [p for p in folder.parents if p == below or below in p.parents]
     with contextlib.suppress(OSError):  # the first that holds something ends it
         for empty in (folder, *parents):
+            if empty in (here, *here.parents):
+                break
             empty.rmdir()
 
 
-def _run(config: DictConfig, folder: Path) -> None:
-    _check_types(config)
-    _check_save_paths(config)
-    values = _plain(config)
+def _configured(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Return the configuration of the job in plain values, checked as far as it can be here.
+
+    Raises:
+        UserError: a key of the run or a reference is wrong.
+    """
+    try:
+        _check_kinds(config)
+        _check_references()
+        _check_save_paths(config)
+        values = _plain(config)
+    except OmegaConfBaseException as error:
+        typed = [*sys.argv[1:], *_overrides()]
+        raise UserError(explain(error, typed, config_folder())) from error
+    for group in ("method", "modelpool", "fabric"):
+        if group not in values:
+            raise UserError(
+                f"the configuration has no {group}: the YAML of {group}="
+                f"{HydraConfig.get().runtime.choices.get(group)} says '# @package' of another "
+                f"place; leave that line out"
+            )
     values["output_path"] = str(folder)
+    return values
+
+
+def _run(values: dict[str, Any], folder: Path) -> None:
     text = OmegaConf.to_yaml(OmegaConf.create(values))
     if values["print_config"]:
         log.info("Configuration\n%s", text.rstrip())
@@ -163,18 +213,48 @@ def _choices() -> Mapping[str, Any]:
     """Return what was chosen by name for the report: groups and this job's overrides."""
     hydra = HydraConfig.get()
     chosen: dict[str, Any] = {group: hydra.runtime.choices.get(group) for group in _GROUPS}
-    chosen["overrides"] = list(hydra.overrides.task)
+    chosen["overrides"] = _overrides()
     if hydra.mode is RunMode.MULTIRUN:
         chosen["job"] = hydra.job.num
     return chosen
 
 
-def _check_types(config: DictConfig) -> None:
-    for key, kind in _TYPES.items():
-        value = config[key]
-        if type(value) is not kind:
-            example = "0" if kind is int else "true or false"
-            raise UserError(f"{key}={value}: expected {kind.__name__}, such as {example}")
+def _overrides() -> list[str]:
+    """Return the job's overrides as they were typed; a reference in one stays a reference."""
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
+
+
+def _check_kinds(config: DictConfig) -> None:
+    """Check the keys of the run.
+
+    Raises:
+        UserError: one is not what it has to be.
+    """
+    if isinstance(config.seed, float) and config.seed.is_integer():
+        config.seed = int(config.seed)  # 1e9 is how a large whole number is typed
+    whole: Any = HydraConfig.instance().cfg
+    for key, kind in _KINDS.items():
+        value = OmegaConf.select(whole if key.startswith("hydra.") else config, key)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if (wrong := misfit(value, kind)) is not None:
+            raise UserError(wrong.sentence(key))
+
+
+def _check_references() -> None:
+    """Check that no option was added below a node that only refers to another one.
+
+    Raises:
+        UserError: one was; the reference would be gone, with all that it refers to.
+    """
+    overrides = _overrides()
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.startswith("+") and "." in key:
+            key = key.lstrip("+")
+            extra = extra_folders(sys.argv)
+            known = known_values(overrides, key, config_folder(), extra)
+            if (wrong := through_reference(key, known)) is not None:
+                raise UserError(wrong)
 
 
 def _check_save_paths(config: DictConfig) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from fusion.config_folder import config_folder
 from fusion.errors import UserError, suggestion
@@ -14,12 +16,44 @@ PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
 EXPORT = "export="
 _EXPORT_OPTIONS = ("export", "to", "task", "shape", "overwrite")
-_INTERRUPTED = 130
+# The exit codes of a shell for a process that a signal ended: 128 and its number.
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """Somebody asked the process to end (SIGTERM); like an interruption, no error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit with 2 on a user's mistake, told in a sentence or two."""
+    if arguments is None:  # the process is ours
+        from fusion.cli.streams import make_streams_robust
+
+        make_streams_robust()
+        _end_like_an_interruption(os.getpid())
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _answer(arguments)
+    except UserError as error:
+        from fusion.cli.mistakes import tell
+
+        tell(error)
+    except OSError as error:
+        from fusion.cli.mistakes import limit_of_machine, tell
+
+        if (limit := limit_of_machine(error)) is None:
+            raise
+        tell(limit)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfusion_bench: interrupted\n")
+        sys.exit(_INTERRUPTED)
+    except Terminated:
+        sys.stderr.write("\nfusion_bench: terminated\n")
+        sys.exit(_TERMINATED)
+
+
+def _answer(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         from fusion.cli.help import help_text
 
@@ -32,20 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # appended: a user's file never shadows an installed one
-    try:
-        if any(argument.startswith(SUMMARIZE) for argument in arguments):
-            _summarize(arguments)
-        elif any(argument.startswith(EXPORT) for argument in arguments):
-            _export(arguments)
-        else:
-            _hydra(arguments)
-    except UserError as error:
-        from fusion.cli.mistakes import tell
+    if any(argument.startswith(SUMMARIZE) for argument in arguments):
+        _summarize(arguments)
+    elif any(argument.startswith(EXPORT) for argument in arguments):
+        _export(arguments)
+    else:
+        _hydra(arguments)
 
-        tell(error)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nfusion_bench: interrupted\n")
-        sys.exit(_INTERRUPTED)
+
+def _end_like_an_interruption(process: int) -> None:
+    """Let SIGTERM unwind the process, so that no unfinished file and no lock is left behind."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        if os.getpid() != process:  # a worker that was forked from it ends at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _summarize(arguments: list[str]) -> None:
@@ -90,17 +129,23 @@ def _hydra(arguments: list[str]) -> None:
     import hydra
 
     from fusion.cli import mistakes
+    from fusion.cli.arguments import checked_arguments
+    from fusion.cli.folders import extra_folders
     from fusion.cli.job import job, register_resolvers
+    from fusion.cli.yaml_files import check_files
 
-    mistakes.check_flags(arguments)
+    folder = config_folder()
+    arguments = checked_arguments(arguments, folder)
+    check_files(extra_folders(arguments), arguments)
     register_resolvers()
     # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *mistakes.without_null(arguments)]
-    folder = config_folder()
+    sys.argv = [sys.argv[0], *arguments]
     entry = hydra.main(version_base="1.3", config_path=str(folder), config_name=PRIMARY)(job)
     try:
         entry()
+    except UserError:
+        raise
     except mistakes.CONFIGURATION_ERRORS as error:
         if not mistakes.is_configuration_error(error):
             raise

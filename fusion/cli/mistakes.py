@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+import yaml
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
-from fusion.errors import UserError, suggestion
+from fusion.cli.folders import choices, extra_folders
+from fusion.cli.unknown import known_values, no_option
+from fusion.cli.yaml_files import default_place, first_fault
+from fusion.elsewhere import choice_hint
+from fusion.errors import UserError, shown, suggestion
 
-CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+# What Hydra, OmegaConf, PyYAML and Python's logging raise on a configuration that they cannot read.
+CONFIGURATION_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    UnicodeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+)
+_OWN_TELLING = (HydraException, OmegaConfBaseException)
 _MISTAKE = 2  # the exit code
-_NEEDED = {
-    "method": "method=dummy merges nothing",
-    "modelpool": "choose one: modelpool=NAME",
-    "fabric": "fabric=auto takes the best device",
+_LONGEST = 300  # characters of somebody else's message
+_CURES = {  # what a file system or the operating system refuses, whoever asked
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: "make room, or choose a folder on another disk",
+    errno.EDQUOT: "make room, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
 
 
@@ -33,43 +65,24 @@ def tell(error: UserError) -> NoReturn:
     sys.exit(_MISTAKE)
 
 
-def check_flags(arguments: Sequence[str]) -> None:
-    """Check the arguments that begin with a dash.
-
-    Raises:
-        UserError: one of them is unknown, or lacks its value.
-    """
-    parser = get_args_parser()
-
-    def complain(message: str) -> Any:
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        hint = suggestion(unknown[1], flags) if unknown else ""
-        raise UserError(f"{message}{hint} (fusion_bench --help lists what there is)")
-
-    parser.error = complain  # type: ignore[method-assign]
-    parser.parse_args(list(arguments))
-
-
-def without_null(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with ``taskpool=null`` as Hydra writes it: ``~taskpool``.
-
-    Raises:
-        UserError: a group without which there is no run is set to null.
-    """
-    for group, cure in _NEEDED.items():
-        for argument in (f"{group}=null", f"~{group}"):
-            if argument in arguments:
-                raise UserError(f"{argument}: a run needs a {group}; {cure}")
-    return ["~taskpool" if argument == "taskpool=null" else argument for argument in arguments]
+def limit_of_machine(error: OSError) -> UserError | None:
+    """Return the sentence on a limit of the machine that was reached, or ``None``."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None:
+        return None
+    where = f"'{shown(str(error.filename))}': " if error.filename else ""
+    return UserError(f"{where}{error.strerror}; {cure}")
 
 
 def is_configuration_error(error: BaseException) -> bool:
     """Return whether it was raised while Hydra read the configuration, not by a job's own code."""
-    return all(
-        frame.f_globals.get("__name__") != "fusion.program"
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
+    modules = [
+        str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    if isinstance(error, _OWN_TELLING):
+        return "fusion.program" not in modules
+    # Whatever else goes wrong inside this package keeps its traceback.
+    return not modules[-1].startswith("fusion.") and "fusion.cli.job" not in modules
 
 
 def is_from_making_a_folder(error: BaseException) -> bool:
@@ -78,26 +91,23 @@ def is_from_making_a_folder(error: BaseException) -> bool:
     return frames[-1].f_code.co_name == "mkdir" and is_configuration_error(error)
 
 
-def explain(error: Exception, arguments: Sequence[str], config_dir: Path) -> str:
+def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> str:
     """Return one sentence or two: what is wrong and the nearest right name."""
     message = str(error).strip()
     if isinstance(error, MissingConfigException):
-        group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        if not group:
-            return f"--config-name: there is no primary configuration '{name}'; leave the flag out"
-        return (
-            f"{group}={name}: there is no such {group}{suggestion(name, error.options or ())} "
-            f"(there are {', '.join(error.options or ())})"
-        )
+        return _no_choice(error, arguments, config_folder)
     if missing := re.match(r"You must specify '([^']+)'", message):
         options = re.findall(r"^\t(\S+)", message, flags=re.MULTILINE)
         return f"choose a {missing[1]}: {missing[1]}=NAME, one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", message):
-        return _no_option(unknown[1], _known_keys(arguments, unknown[1], config_dir))
+        key, at, _ = unknown[1].partition("@")
+        where = default_place(extra_folders(arguments), key) if at else None
+        prefix = "" if where is None else f"{where}: "
+        return prefix + no_option(key, arguments, config_folder)
     if isinstance(error, OverrideParseException):
         return (
-            f"the argument '{error.override}' cannot be read; options are given as name=value, "
-            f"and a value with special characters in quotes: 'name=\"a=b, c\"'"
+            f"the argument '{shown(str(error.override))}' cannot be read; options are given as "
+            f"name=value, and a value with special characters in quotes: 'name=\"a=b, c\"'"
         )
     if ambiguous := re.match(r"Ambiguous value for argument '([^=]+)=([^']+)'", message):
         key, value = ambiguous.groups()
@@ -105,50 +115,63 @@ def explain(error: Exception, arguments: Sequence[str], config_dir: Path) -> str
             f"{key}={value}: several values; to run a job for each, add --multirun; "
             f"to give them as one list, write {key}=[{value}]"
         )
-    return " ".join(message.split())
+    if (wrong := first_fault(extra_folders(arguments))) is not None:
+        return wrong
+    if isinstance(error, RecursionError):
+        return "defaults: a YAML file names itself in its defaults, or another that names it back"
+    if isinstance(error, InterpolationKeyError):
+        return _no_reference(error, arguments, config_folder)
+    if isinstance(error, GrammarParseError | InterpolationResolutionError):
+        where = error.full_key or "a value"
+        if used := re.search(r"dereferencing interpolation '\$\{([\w.]+)\}': ([^\n]+)", message):
+            return f"{used[1]} cannot be used in {where} ({_cleaned(used[2])}); give text"
+        return f"{where}: its reference cannot be resolved ({_cleaned(message)})"
+    if isinstance(error, InstantiationException):
+        return f"hydra.callbacks: {_cleaned(message)}; give mappings with _target_"
+    if _is_from_logging(error):
+        return f"hydra.job_logging or hydra.hydra_logging: {_cleaned(message)}; leave them out"
+    where = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) else ""
+    where = "" if where == "None: " else where
+    return f"{where}{_cleaned(message) or type(error).__name__}; correct it or leave it out"
 
 
-def _no_option(key: str, known: Sequence[str]) -> str:
-    """Return the sentence on an unknown ``key``: where it goes wrong, and what there is instead."""
-    parts = key.split(".")
-    depth = next((d for d in range(len(parts)) if ".".join(parts[: d + 1]) not in known), 0)
-    owner, wrong = ".".join(parts[:depth]), parts[depth]
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == owner]
-    cure = suggestion(wrong, siblings)
-    if not cure and siblings:
-        cure = f"; it has {', '.join(siblings)}"
-        if owner:
-            cure += f" (an option of your own is added with a plus: +{key}=VALUE)"
-    return f"{owner or 'the configuration'} has no option '{wrong}'{cure}"
+def _no_choice(error: MissingConfigException, arguments: Sequence[str], config_folder: Path) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    extra = extra_folders(arguments)
+    if not group and any(a.startswith(("--config-name", "-cn")) for a in arguments):
+        return f"--config-name: there is no configuration '{name}'; leave the flag out"
+    known = error.options or choices(group, [config_folder, *extra])
+    there = f"there are {', '.join(known)}" if known else "there are none"
+    where = default_place(extra, name)
+    told = f"{group}={name}" if where is None else f"{where}: the default {group}={name}"
+    return f"{told}: there is no such {group}{choice_hint(name, known)} ({there})"
 
 
-def _known_keys(arguments: Sequence[str], wrong: str, config_dir: Path) -> list[str]:
-    """Return every key of the configuration that the other arguments compose to."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
-
-    given = get_args_parser().parse_args(list(arguments))
-    overrides = without_null(given.overrides)
-    rest = [o for o in overrides if re.split(r"[=@]", o.lstrip("+~"))[0] != wrong and "," not in o]
-    groups = [str(p.relative_to(config_dir)) for p in config_dir.rglob("*") if p.is_dir()]
-    if given.config_dir:
-        rest.append(f"hydra.searchpath=[file://{Path(given.config_dir).absolute()}]")
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            config = compose("fusion_bench", overrides=rest, return_hydra_config=True)
-    except CONFIGURATION_ERRORS:  # more than one thing is wrong: the groups are still known
-        return groups
-
-    keys = _keys(OmegaConf.to_container(config, resolve=False))
-    return list(dict.fromkeys([*groups, *keys]))
+def _no_reference(
+    error: InterpolationKeyError, arguments: Sequence[str], config_folder: Path
+) -> str:
+    found = re.search(r"[Ii]nterpolation key '([^']+)' not found", str(error))
+    wanted = found[1] if found else "?"
+    overrides = get_args_parser().parse_args(list(arguments)).overrides
+    known = known_values(overrides, "", config_folder, extra_folders(arguments))
+    return (
+        f"{error.full_key} refers to '${{{wanted}}}', which the configuration does not have"
+        f"{suggestion(wanted, known)}"
+    )
 
 
-def _keys(node: object, prefix: str = "") -> list[str]:
-    """Return the dotted keys of nested mappings."""
-    if not isinstance(node, dict):
-        return []
-    return [
-        key for name in node for key in (f"{prefix}{name}", *_keys(node[name], f"{prefix}{name}."))
+def _is_from_logging(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == "configure_log" for frame, _ in frames)
+
+
+def _cleaned(message: str) -> str:
+    """Return somebody else's message in one line, without their advice on their own settings."""
+    lines = [
+        line
+        for line in message.splitlines()
+        if not re.match(r"\s*(full_key|object_type|reference_type|See https?|Set the env)", line)
     ]
+    text = " ".join(" ".join(lines).split())
+    text = re.sub(r"(, set env var|Set the environment variable) HYDRA_FULL_ERROR=1.*", "", text)
+    return shown(text, _LONGEST)

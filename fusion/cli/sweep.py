@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from fusion.cli.mistakes import tell
 from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.run_folder import (
@@ -28,7 +29,7 @@ from fusion.run_folder import (
 
 log = logging.getLogger(__name__)
 
-_NO_MATTER = ("overwrite", "print_config")  # keys that change nothing in what a job computes
+_NO_MATTER = ("overwrite:", "print_config:")  # keys that change nothing in what a job computes
 _FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
 _MISTAKE = 2
 
@@ -84,18 +85,36 @@ class Summarise(Callback):
         del kwargs
         if not config.dry_run:
             command = shlex.join(["fusion_bench", *sys.argv[1:]])
-            write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
+            with _not_only_a_warning():
+                write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Summarise the sweep's folder; leave with an error if a job failed."""
         del kwargs
         folder = Path(config.hydra.sweep.dir)
         if not config.dry_run:
-            summarise_and_tell(folder)
+            with _not_only_a_warning():
+                summarise_and_tell(folder)
         elif not list(folder.rglob(REPORT)):  # Hydra's own note is all there is
             (folder / "multirun.yaml").unlink(missing_ok=True)
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def _not_only_a_warning() -> Iterator[None]:
+    """End the process on an error in the block: Hydra warns of what a callback raises and goes on.
+
+    Raises:
+        SystemExit: with 2 after a user's mistake, which is told, with 1 after anything else.
+    """
+    try:
+        yield
+    except UserError as error:
+        tell(error)
+    except Exception as error:
+        log.exception("The summary of the sweep failed; make it anew with summarize=FOLDER")
+        raise SystemExit(_FAILED) from error
 
 
 def summarise_and_tell(folder: Path) -> None:
@@ -105,7 +124,10 @@ def summarise_and_tell(folder: Path) -> None:
     summary = summarise(folder)
     sys.stdout.write(summary.text)
     if summary.failed:
-        records = [json.loads((folder / name / ERROR).read_text()) for name in summary.failed]
+        records = [
+            json.loads((folder / name / ERROR).read_text(encoding="utf-8"))
+            for name in summary.failed
+        ]
         sys.exit(_MISTAKE if all(record["mistake"] for record in records) else _FAILED)
 
 
@@ -117,10 +139,9 @@ def is_of(folder: Path, config: str) -> bool:
     file = folder / CONFIG
     if not file.is_file():
         return False
-    return _comparable(file.read_text(encoding="utf-8")) == _comparable(config)
+    return _comparable(file.read_text(encoding="utf-8", errors="replace")) == _comparable(config)
 
 
-def _comparable(config: str) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.create(config))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items() if key not in _NO_MATTER}
+def _comparable(config: str) -> list[str]:
+    """Return the lines that matter: what a folder holds is compared as text, not read as YAML."""
+    return [line for line in config.splitlines() if not line.startswith(_NO_MATTER)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusion.errors import UserError
+from fusion.options import Within, checked
+
+Padding = Annotated[int, Within(least=0, most=65_535)]
 
 
+@checked
 @dataclass(frozen=True)
 class Augmentation:
     """What a training image may undergo: He et al. (2015) crop 4 pixels and flip on CIFAR-10.
@@ -20,12 +24,8 @@ class Augmentation:
         flip: mirror half of the images left to right; wrong for digits and letters.
     """
 
-    padding: int = 4
+    padding: Padding = 4
     flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise UserError(f"padding: {self.padding} pixels were asked for; give 0 or more")
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw for ``count`` images: (count, 3) int64 rows of top, left and flip, on the CPU."""

@@ -14,13 +14,15 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import LabelledImages
 from fusion.data.view import part
 from fusion.errors import UserError
+from fusion.options import Classes, checked
 
 
 @overload
 def ClassSubset(dataset: ImageTensors, classes: Sequence[int | str]) -> ImageTensors: ...
 @overload
 def ClassSubset(dataset: Dataset[Any], classes: Sequence[int | str]) -> LabelledImages: ...
-def ClassSubset(dataset: Dataset[Any], classes: Sequence[int | str]) -> LabelledImages:  # noqa: N802
+@checked
+def ClassSubset(dataset: Dataset[Any], classes: Classes) -> LabelledImages:  # noqa: N802
     """Return the images of some classes, relabelled 0…k-1 in the order given.
 
     ``original_labels`` of the result remembers which classes of the full data set they are,
@@ -38,8 +40,8 @@ def ClassSubset(dataset: Dataset[Any], classes: Sequence[int | str]) -> Labelled
     """
     images = as_labelled(dataset)
     kept = [label_of(images, name) for name in classes]
-    if not kept or len(set(kept)) != len(kept):
-        raise UserError(f"classes: {list(classes)}; name at least one class, and each once")
+    if len(set(kept)) != len(kept):
+        raise UserError(f"classes: {list(classes)}; name classes, and each once")
     indices, labels = merge_labels(images, [[label] for label in kept])
     present = set(torch.unique(labels).tolist())
     missing = [class_name(images, old) for new, old in enumerate(kept) if new not in present]

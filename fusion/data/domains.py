@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,22 +19,23 @@ from fusion.data.labelled_images import LabelledImages
 from fusion.data.seeds import seed_from
 from fusion.data.view import changed, with_known_pixels
 from fusion.errors import UserError
+from fusion.options import Positive, Seed, checked
 
 # ITU-R BT.601: how bright red, green and blue look.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
-def rotated(dataset: Dataset[Any], turns: int) -> LabelledImages:
+@checked
+def rotated(dataset: Dataset[Any], turns: Literal[1, 2, 3]) -> LabelledImages:
     """Return the images turned counter-clockwise by ``turns`` quarter turns.
 
     Raises:
         UserError: ``turns`` is not 1, 2 or 3.
     """
-    if turns not in (1, 2, 3):
-        raise UserError(f"turns: {turns} quarter turns were asked for; give 1, 2 or 3")
     return changed(as_labelled(dataset), partial(_turned, turns=turns))
 
 
+@checked
 def inverted(dataset: Dataset[Any]) -> LabelledImages:
     """Return the images with black and white exchanged: 1 - x of each pixel x in 0..1.
 
@@ -44,7 +45,8 @@ def inverted(dataset: Dataset[Any]) -> LabelledImages:
     return changed(with_known_pixels(dataset, "inverted"), _inverted)
 
 
-def blurred(dataset: Dataset[Any], sigma: float) -> LabelledImages:
+@checked
+def blurred(dataset: Dataset[Any], sigma: Positive) -> LabelledImages:
     """Return the images blurred by a Gaussian that reaches to three deviations.
 
     Args:
@@ -55,12 +57,11 @@ def blurred(dataset: Dataset[Any], sigma: float) -> LabelledImages:
         UserError: ``sigma`` is not above 0; while reading, it is too large for the images, which
             are mirrored at their borders and must be larger than three deviations.
     """
-    if not sigma > 0:
-        raise UserError(f"sigma: {sigma} pixels were given; give a number above 0")
     return changed(as_labelled(dataset), partial(_blurred, sigma=sigma))
 
 
-def noisy(dataset: Dataset[Any], deviation: float, *, seed: int = 0) -> LabelledImages:
+@checked
+def noisy(dataset: Dataset[Any], deviation: Positive, *, seed: Seed = 0) -> LabelledImages:
     """Return the images with Gaussian noise, the same at every reading.
 
     Args:
@@ -73,12 +74,11 @@ def noisy(dataset: Dataset[Any], deviation: float, *, seed: int = 0) -> Labelled
         UserError: ``deviation`` is not above 0, or the data set normalises its images and does
             not state how.
     """
-    if not deviation > 0:
-        raise UserError(f"deviation: {deviation} was given; give a number above 0")
     images = with_known_pixels(dataset, "noisy")
     return changed(images, partial(_noisy, deviation=deviation, seed=seed))
 
 
+@checked
 def greyed(dataset: Dataset[Any]) -> LabelledImages:
     """Return colour images without colour: their luminance (ITU-R BT.601) in all three channels.
 

@@ -13,7 +13,7 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import LabelledImages
 from fusion.data.seeds import seed_from
 from fusion.data.view import part
-from fusion.errors import UserError
+from fusion.options import Count, Seed, checked
 
 
 @overload
@@ -24,7 +24,10 @@ def few(
 def few(
     dataset: Dataset[Any], n: int, *, seed: int = 0, stratified: bool = True
 ) -> LabelledImages: ...
-def few(dataset: Dataset[Any], n: int, *, seed: int = 0, stratified: bool = True) -> LabelledImages:
+@checked
+def few(
+    dataset: Dataset[Any], n: Count, *, seed: Seed = 0, stratified: bool = True
+) -> LabelledImages:
     """Return ``n`` images drawn without replacement, in random order; all if there are fewer.
 
     Args:
@@ -38,8 +41,6 @@ def few(dataset: Dataset[Any], n: int, *, seed: int = 0, stratified: bool = True
     Raises:
         UserError: ``n`` is below 1.
     """
-    if n < 1:
-        raise UserError(f"n: {n} images were asked for; give 1 or more")
     images = as_labelled(dataset)
     labels = images.labels.cpu() if stratified else torch.zeros(len(images))
     drawn = stratified_order(labels, seed_from(seed, "few"))[:n]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import RGB_MEAN, RGB_STD
 from fusion.data.preprocessing import Preprocessing
 from fusion.errors import UserError, suggestion
+from fusion.options import NON_EMPTY, Count, FilePath, Names, Pixels, TargetMapping, Text, checked
 from fusion.target import build_nested
 
 # Sets whose decoded pixels take up to this are kept in memory: what `batches` copies to the
@@ -36,22 +37,23 @@ _THREADS_FROM = 4096
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over the channels
 
 
+@checked
 def image_folder(
-    root: str | Path,
+    root: FilePath,
     *,
-    image_size: int | None = None,
-    resize: int | None = None,
-    interpolation: str | None = None,
-    per_class: int | None = None,
-    class_names: Sequence[str] | None = None,
+    image_size: Pixels | None = None,
+    resize: Pixels | None = None,
+    interpolation: Text | None = None,
+    per_class: Count | None = None,
+    class_names: Names | None = None,
     channels: Literal[1, 3] = 3,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Annotated[Sequence[float], NON_EMPTY] | None = None,
+    std: Annotated[Sequence[float], NON_EMPTY] | None = None,
     preprocessing: Preprocessing | None = None,
     augmentation: Augmentation
     | FileTransform
-    | Mapping[str, Any]
-    | Sequence[Any]
+    | TargetMapping
+    | Annotated[Sequence[Augmentation | FileTransform | TargetMapping], NON_EMPTY]
     | None = Augmentation(),  # noqa: B008 (frozen)
     in_memory: bool | Literal["auto"] = "auto",
     draft: bool = True,
@@ -95,10 +97,6 @@ def image_folder(
             at when they are read.
     """
     root = Path(root)
-    if per_class is not None and per_class < 1:
-        raise UserError(f"per_class: {per_class} was asked for; give 1 or more, or none")
-    if in_memory not in (True, False, "auto"):
-        raise UserError(f"in_memory: {in_memory!r} was given; give true, false or auto")
     if preprocessing is not None:
         if resize is None:
             share = 1 if image_size is None else image_size / preprocessing.crop

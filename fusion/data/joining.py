@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import LabelledImages
 from fusion.data.view import ImageView, last_augmentation, rows_of
 from fusion.errors import UserError
+from fusion.options import NON_EMPTY, checked
 
 
 @overload
 def concat(datasets: Sequence[ImageTensors]) -> ImageTensors: ...
 @overload
 def concat(datasets: Sequence[Dataset[Any]]) -> LabelledImages: ...
-def concat(datasets: Sequence[Dataset[Any]]) -> LabelledImages:
+@checked
+def concat(datasets: Annotated[Sequence[Dataset[Any]], NON_EMPTY]) -> LabelledImages:
     """Join sets that are parts of one full data set, under its original labels.
 
     The result's classes are all that occur, in the order of their original labels; an image that
@@ -33,8 +35,6 @@ def concat(datasets: Sequence[Dataset[Any]]) -> LabelledImages:
         UserError: no set, or sets that differ in image shape, pixel type, normalisation, or in
             the name of an original label.
     """
-    if not datasets:
-        raise UserError("datasets: nothing was given to join; give at least one data set")
     parts = [as_labelled(dataset) for dataset in datasets]
     first = parts[0]
     names = _names(parts)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusion.errors import UserError
+from fusion.options import Pixels, Text, checked
 from fusion.target import locate
 
 
+@checked
 @dataclass(frozen=True)
 class Preprocessing:
     """How images are prepared for a network.
@@ -25,9 +27,9 @@ class Preprocessing:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int
-    crop: int
-    interpolation: str = "bilinear"
+    resize: Pixels
+    crop: Pixels
+    interpolation: Text = "bilinear"
 
     def __post_init__(self) -> None:
         # YAML has lists only.

@@ -8,7 +8,7 @@ import torch
 
 from fusion.data.augmentation import Augmentation
 from fusion.data.image_tensors import ImageTensors
-from fusion.errors import UserError, suggestion
+from fusion.options import checked
 
 # The j-th image of each digit goes to the split that has j mod 10: 60, 10 and 30 %. A fixed rule
 # needs no random numbers, so the split is the same with every version of every library; counting
@@ -19,6 +19,7 @@ _WHITE = 16  # scikit-learn's images count black-and-white pixels in blocks of 4
 _MEAN, _STD = 0.3057, 0.3761  # of the training split's pixels, on the scale 0..1
 
 
+@checked
 def digits(
     split: Literal["train", "val", "test"] = "train", *, channels: Literal[1, 3] = 1
 ) -> ImageTensors:
@@ -36,13 +37,6 @@ def digits(
     """
     from sklearn.datasets import load_digits
 
-    if split not in _PLACES:
-        raise UserError(
-            f"split: digits has no split '{split}'; it has {', '.join(_PLACES)}"
-            f"{suggestion(str(split), _PLACES)}"
-        )
-    if channels not in (1, 3):
-        raise UserError(f"channels: {channels} were asked for; digits come with 1 or 3")
     raw = load_digits()
     labels = torch.from_numpy(raw.target).to(torch.int64)
     pixels = torch.from_numpy(raw.images).mul(255 / _WHITE).round().to(torch.uint8)

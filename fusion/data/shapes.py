@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from fusion.data.foreign_images import as_labelled
 from fusion.data.labelled_images import LabelledImages
 from fusion.data.view import changed, last_augmentation, with_known_pixels
 from fusion.errors import UserError
+from fusion.options import Length, Pixels, checked
+
+HeightAndWidth = Annotated[Sequence[Pixels], Length(exactly=2)]
 
 
-def resized(dataset: Dataset[Any], size: int | Sequence[int]) -> LabelledImages:
+@checked
+def resized(dataset: Dataset[Any], size: Pixels | HeightAndWidth) -> LabelledImages:
     """Return the images scaled bilinearly, with a wider filter where they shrink (antialias).
 
     Args:
@@ -35,8 +39,6 @@ def resized(dataset: Dataset[Any], size: int | Sequence[int]) -> LabelledImages:
         UserError: a size below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise UserError(f"size: {height}x{width} pixels were asked for; give 1 or more")
     images = as_labelled(dataset)
     augmentation = last_augmentation(images)
     if augmentation is not None:
@@ -45,6 +47,7 @@ def resized(dataset: Dataset[Any], size: int | Sequence[int]) -> LabelledImages:
     return changed(images, partial(_resized, size=(height, width)), augmentation=augmentation)
 
 
+@checked
 def as_rgb(dataset: Dataset[Any]) -> LabelledImages:
     """Return grey images with their channel three times; colour images as they are.
 
@@ -62,6 +65,7 @@ def as_rgb(dataset: Dataset[Any]) -> LabelledImages:
     return changed(images, _repeated, mean=mean, std=std)
 
 
+@checked
 def renormalised(
     dataset: Dataset[Any], *, mean: Sequence[float], std: Sequence[float]
 ) -> LabelledImages:

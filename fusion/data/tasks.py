@@ -5,9 +5,9 @@ Both take any image set; of :class:`~fusion.data.ImageTensors` they make ``Image
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ from fusion.data.labels import new_labels
 from fusion.data.seeds import seed_from
 from fusion.data.view import changed, part
 from fusion.errors import UserError
+from fusion.options import NON_EMPTY, Classes, Seed, checked
 
 _TURNS = ("0°", "90°", "180°", "270°")
 
 
-def grouped(dataset: Dataset[Any], groups: Mapping[str, Sequence[int | str]]) -> LabelledImages:
+@checked
+def grouped(
+    dataset: Dataset[Any], groups: Annotated[Mapping[str, Classes], NON_EMPTY]
+) -> LabelledImages:
     """Return the images under coarser labels, such as even and odd digits.
 
     The groups are classes of their own, with original labels that no other classes have.
@@ -49,12 +53,13 @@ def grouped(dataset: Dataset[Any], groups: Mapping[str, Sequence[int | str]]) ->
     indices, labels = merge_labels(images, members)
     present = set(torch.unique(labels).tolist())
     empty = [name for number, name in enumerate(groups) if number not in present]
-    if empty or not groups:
+    if empty:
         raise UserError(f"groups: {images!r} has no images for the groups {empty}; leave them out")
     return part(images, indices, labels, list(groups), new_labels(list(groups)))
 
 
-def quarter_turns(dataset: Dataset[Any], *, seed: int = 0) -> LabelledImages:
+@checked
+def quarter_turns(dataset: Dataset[Any], *, seed: Seed = 0) -> LabelledImages:
     """Return each image turned by a random quarter turn, which is its label.
 
     Recognising the rotation is a task that needs no labels (Gidaris et al., 2018, "Unsupervised

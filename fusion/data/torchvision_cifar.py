@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,16 +10,16 @@ from fusion.data.augmentation import Augmentation
 from fusion.data.drawing import stratified_order
 from fusion.data.image_tensors import ImageTensors
 from fusion.data.seeds import seed_from
-from fusion.errors import UserError, suggestion
+from fusion.errors import UserError
+from fusion.options import FilePath, Whole, checked
 
-_SPLITS = ("train", "val", "test")
 
-
+@checked
 def cifar10(
-    root: str | Path,
+    root: FilePath,
     split: Literal["train", "val", "test"] = "train",
     *,
-    val_images: int = 0,
+    val_images: Whole = 0,
     download: bool = True,
 ) -> ImageTensors:
     """Load CIFAR-10 (Krizhevsky 2009): 32×32 colour images of ten classes.
@@ -39,11 +38,6 @@ def cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    if split not in _SPLITS:
-        raise UserError(
-            f"split: cifar10 has no split '{split}'; it has {', '.join(_SPLITS)}"
-            f"{suggestion(str(split), _SPLITS)}"
-        )
     if split == "val" and val_images < 1:
         raise UserError(
             "val_images: 0 images are held out, so the split 'val' is empty; give the same "

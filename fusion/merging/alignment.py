@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,17 @@ from fusion.alignment import (
 from fusion.alignment.align import By
 from fusion.alignment.example import check_traceable, example_input_for
 from fusion.data import seed_from
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.merging.averaging import mean_network
 from fusion.merging.batch_norm import Calibration
 from fusion.merging.members import Members
 from fusion.merging.merge_many import Joined, merge_many
 from fusion.modelpool import BaseModelPool
+from fusion.options import ImageShape, Seed, checked
 from fusion.training.sampling import sample_images
 from fusion.weights import ModuleSource, TensorSource, tensors_of
 
-ALIGNMENTS = ("weights", "activations", "merge_many")
+AlignBy = Literal["weights", "activations", "merge_many"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class AlignmentRecord:
         return sum(group.moved for group in self.groups)
 
 
+@checked
 @dataclass(frozen=True)
 class AlignmentStage:
     """How experts are brought into one order of their units.
@@ -80,13 +83,10 @@ class AlignmentStage:
         UserError: an option that has no meaning.
     """
 
-    by: str = "weights"
-    shape: Sequence[int] | None = None
-    seed: int = 0
+    by: AlignBy = "weights"
+    shape: ImageShape | None = None
+    seed: Seed = 0
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
-
-    def __post_init__(self) -> None:
-        check_choice("align", self.by, ALIGNMENTS)
 
     def check(self, modelpool: BaseModelPool) -> None:
         """Check, before any work, that the pool's networks can be aligned.

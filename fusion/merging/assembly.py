@@ -54,14 +54,15 @@ class Assembly:
         """Return a network, or one with several heads.
 
         Args:
-            state: parameters shared by all tasks; what is missing is the base's.
+            state: tensors shared by all tasks; what is missing is the base's.
             heads: task → head, or ``""`` → the only head; what is missing is the base's.
             own: task → further parameters of that task alone.
         """
         body = copy.deepcopy(self.members.network)
         state = dict(state)
         if self.treatment in ("merge", "interpolate"):
-            state |= merge_statistics(self.members, self.choice, self.treatment)
+            # A rule on folded batch norm has decided about the running statistics there.
+            state = merge_statistics(self.members, self.choice, self.treatment) | state
         state |= heads.get("", {})
         resize_head(body, state)
         load_tensors(body, state)

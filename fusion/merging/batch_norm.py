@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool
+from fusion.options import SampleSize, Seed, checked
 from fusion.training import recalibrate_batch_norm, repair
 from fusion.weights import weighted_mean, widened
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-TREATMENTS = (
+Treatment = Literal[
     "pretrained",
     "merge",
     "interpolate",
@@ -26,10 +27,11 @@ TREATMENTS = (
     "recalibrate_per_task",
     "repair",
     "auto",
-)
+]
 _WITH_IMAGES = ("recalibrate", "recalibrate_per_task", "repair")
 
 
+@checked
 @dataclass(frozen=True)
 class Calibration:
     """The sample of unlabelled training images that a network is measured on.
@@ -43,17 +45,9 @@ class Calibration:
         UserError: fewer than two images, which have no variance.
     """
 
-    images: int = 2000
-    batch_size: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option, value in (
-            ("calibration_images", self.images),
-            ("batch_size", self.batch_size),
-        ):
-            if value < 2:
-                raise UserError(f"{option} is {value}; a variance takes 2 images or more")
+    images: SampleSize = 2000
+    batch_size: SampleSize = 128
+    seed: Seed = 0
 
 
 def chosen_treatment(
@@ -66,7 +60,7 @@ def chosen_treatment(
     norm.
 
     Args:
-        treatment: one of ``TREATMENTS``.
+        treatment: one of ``Treatment``.
         modelpool: may have training data.
         model: the architecture.
         without_images: what ``auto`` stands for in a pool without training data.

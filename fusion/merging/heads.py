@@ -15,7 +15,7 @@ from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Head
 from fusion.weights import tensors_of, weighted_mean, working_dtype
 
-HEADS = ("auto", "pretrained", "union", "tasks")
+HeadChoice = Literal["auto", "pretrained", "union", "tasks"]
 Kind = Literal["merged", "pretrained", "union", "tasks"]
 
 

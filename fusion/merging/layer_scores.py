@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fusion.data import seed_from
 from fusion.models import Layer
 from fusion.spectrum import LayerSNR
 
-RANKINGS = ("pretrained", "experts", "task_vector", "similarity", "hybrid", "norm", "random")
+Ranking = Literal["pretrained", "experts", "task_vector", "similarity", "hybrid", "norm", "random"]
 SIMILARITY_WEIGHT = 1.7  # the notebook's choice in its hybrid score; kept for comparison only
 
 
@@ -83,7 +84,7 @@ def change_statistics(base: Tensor, experts: Sequence[Tensor]) -> tuple[float, f
 def score_layers(
     records: Sequence[LayerRecord], rank_by: str, *, base: str, experts: Sequence[str], seed: int
 ) -> None:
-    """Fill in ``score`` of every candidate by one of ``RANKINGS``."""
+    """Fill in ``score`` of every candidate by one of ``Ranking``."""
     candidates = [record for record in records if not record.is_head]
     snr = {r.layer.name: _mean([r.snr[name].snr for name in experts]) for r in candidates}
     if rank_by == "hybrid":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fusion.data import seed_from
 from fusion.merging.batch_norm import statistics_keys
+from fusion.merging.folding import Folding, find_foldings
 from fusion.merging.rule import Piece
 from fusion.modelpool import BaseModelPool
 from fusion.models import Head, Layer, find_layers
 from fusion.models.forward_pass import is_traceable
-from fusion.weights import TensorSource, tensors_of, working_dtype
+from fusion.weights import StateDictSource, TensorSource, tensors_of, working_dtype
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Members:
         experts: name → the expert's tensors, in the order of the reference's units.
         layers: the layers in the order of the forward pass.
         head: the tensors that belong to one task alone.
+        foldings: layer → the norm that base and experts have folded into it; see :meth:`folded`.
     """
 
     network: nn.Module
@@ -64,6 +66,7 @@ class Members:
     experts: Mapping[str, TensorSource]
     layers: tuple[Layer, ...]
     head: Head
+    foldings: Mapping[str, Folding] = field(default_factory=dict)
 
     @classmethod
     def read(cls, modelpool: BaseModelPool) -> Members:
@@ -81,6 +84,34 @@ class Members:
     def names(self) -> tuple[str, ...]:
         """The experts' names."""
         return tuple(self.experts)
+
+    def folded(self) -> Members:
+        """Return the members with batch norm folded into the layer before it.
+
+        Tensors keep their names, and the members compute what they did; see
+        :mod:`fusion.merging.folding`. What is not merged stays as ``network`` has it.
+        """
+        foldings = find_foldings(self.network, self.layers)
+
+        def form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = {key: tensors[key] for key in tensors}
+            for folding in foldings.values():
+                found |= folding.folded(tensors)
+            return found
+
+        return replace(
+            self,
+            base=None if self.base is None else form(self.base),
+            experts={name: StateDictSource(form(found)) for name, found in self.experts.items()},
+            foldings=foldings,
+        )
+
+    def bias(self, layer: Layer) -> str:
+        """Return the state-dict key that the bias of a layer has, or would have."""
+        if layer.name in self.foldings:
+            return f"{self.foldings[layer.name].norm}.bias"
+        owner = layer.weight.rpartition(".")[0]
+        return f"{owner}.bias" if owner else "bias"
 
     def parameters(self, layer: Layer) -> tuple[str, ...]:
         """Return the floating-point tensors of a layer, running statistics of batch norm apart."""
@@ -130,6 +161,7 @@ class Members:
                 yield Piece(
                     key=key,
                     layer=layer,
+                    bias=self.bias(layer),
                     depth=position / last,
                     base=None if base is None else _plain(base, device, dtype),
                     experts=torch.stack([_plain(t, device, dtype) for t in tensors]),

@@ -46,6 +46,7 @@ class Piece:
             :mod:`fusion.merging.statistics` for names and shapes.
         plan: what the rule's :meth:`Rule.prepare` returned.
         seed: of everything random in this tensor.
+        bias: state-dict key that the bias of the layer has, if there is one.
         start: flat position of the first entry in the whole tensor; 0 unless the piece is a part
             of a long tensor, as only elementwise rules receive it.
     """
@@ -60,6 +61,7 @@ class Piece:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     plan: Any = None
     seed: int = 0
+    bias: str = ""
     start: int = 0
 
     @property
@@ -155,7 +157,7 @@ class Rule(ABC):
     :meth:`merge` for each of them (or :meth:`merge_affine`, for a rule that is ``affine``).
     Floating-point parameters pass through a rule; running statistics and integer buffers do not.
 
-    The four properties say what the pipeline must bring. A subclass overrides them by plain class
+    The properties say what the pipeline must bring. A subclass overrides them by plain class
     attributes, such as ``elementwise = True``; a rule that wraps another one passes its on.
     """
 
@@ -181,6 +183,23 @@ class Rule(ABC):
     @property
     def affine(self) -> bool:
         """Whether the weight and the bias of a layer are merged together."""
+        return False
+
+    @property
+    def folded(self) -> bool:
+        """Whether batch norm is folded into the layer before it: weight and bias are the whole map.
+
+        Weights are then γ/σ · W, and the bias that of the norm; see :mod:`fusion.merging.folding`.
+        """
+        return False
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics are measured behind the layers that are merged already.
+
+        Layers are then merged in stages, from the input to the output; see
+        :mod:`fusion.merging.sequential`.
+        """
         return False
 
     def prepare(self, pieces: Pieces) -> Any:

@@ -52,34 +52,34 @@ def merge_parameters(
     plan = rule.prepare(pieces)
     merged: dict[str, Tensor] = {}
     for _, of_layer in itertools.groupby(pieces(plan), key=lambda piece: piece.layer.name):
-        merged |= merge_layer(rule, of_layer)
+        merged |= merge_layer(rule, list(of_layer), members)
     state = tensors_of(members.network)
-    return {key: _like(tensor, state[key]) for key, tensor in merged.items()}
+    return {key: like(tensor, state[key]) for key, tensor in merged.items()}
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor of a rule on the CPU, in the type and shape that a state dict has it."""
     return tensor.to("cpu", other.dtype).view(other.shape)  # a rule sees a number as (1,)
 
 
-def merge_layer(rule: Rule, pieces: Iterator[Piece] | Sequence[Piece]) -> dict[str, Tensor]:
-    """Return the merged tensors of one layer; weight and bias together for an affine rule."""
-    if not rule.affine:
-        return {piece.key: rule.merge(piece) for piece in pieces}
+def merge_layer(rule: Rule, pieces: Sequence[Piece], members: Members) -> dict[str, Tensor]:
+    """Return the merged tensors of one layer; weight and bias together for an affine rule.
+
+    Where batch norm is folded into the layer, its running statistics are among them.
+    """
     by_key = {piece.key: piece for piece in pieces}
     merged: dict[str, Tensor] = {}
-    weights = [piece for piece in by_key.values() if piece.key == piece.layer.weight]
-    for weight in weights:
-        bias = by_key.get(bias_key(weight))
-        if bias is not None:
+    for weight in by_key.values() if rule.affine else ():
+        bias = by_key.get(weight.bias)
+        if bias is not None and weight.key == weight.layer.weight:
             merged[weight.key], merged[bias.key] = rule.merge_affine(weight, bias)
-    rest = {key: rule.merge(piece) for key, piece in by_key.items() if key not in merged}
-    return {key: merged.get(key, rest.get(key)) for key in by_key}  # type: ignore[misc]
-
-
-def bias_key(weight: Piece) -> str:
-    """Return the state-dict key that the bias of a weight's layer would have."""
-    owner = weight.key.rpartition(".")[0]
-    return f"{owner}.bias" if owner else "bias"
+    merged |= {key: rule.merge(piece) for key, piece in by_key.items() if key not in merged}
+    for key, piece in by_key.items():
+        folding = members.foldings.get(piece.layer.name)
+        if folding is not None and key == piece.layer.weight:
+            grams = piece.statistics.get("gram")
+            merged |= folding.of_map(merged[key], merged[piece.bias], grams)
+    return {key: merged[key] for key in [*by_key, *merged]}
 
 
 def separate_parameters(
@@ -114,7 +114,7 @@ def separate_parameters(
         each = dict(zip(piece.names, rule.separate(piece), strict=True))
         for task, names in tasks.items():
             mean = weighted_mean([each[name] for name in names])
-            found[task][piece.key] = _like(mean, state[piece.key])
+            found[task][piece.key] = like(mean, state[piece.key])
     return found
 
 

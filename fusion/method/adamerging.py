@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.files import write_text
+from fusion.merging import batch_norm as bn
 from fusion.merging.adaptation import (
     Coefficients,
     adapt_coefficients,
     merge_with_coefficients,
 )
+from fusion.merging.alignment import AlignBy
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import merged_heads
+from fusion.merging.heads import HeadChoice, merged_heads
 from fusion.merging.rules import TaskArithmetic
 from fusion.method.merge import Merge
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork
+from fusion.options import Count, ImageShape, Positive, SampleSize, Seed, checked
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
 
-GRANULARITIES = ("layer", "task")
+Granularity = Literal["layer", "task"]
 
 
 class AdaMerging(Merge):
@@ -57,29 +60,24 @@ class AdaMerging(Merge):
         UserError: an option that has no meaning.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        granularity: str = "layer",
+        granularity: Granularity = "layer",
         initial: float = 0.3,
-        steps: int = 500,
-        learning_rate: float = 1e-3,
-        adaptation_batch: int = 16,
-        align: str | None = None,
-        head: str = "auto",
-        batch_norm: str = "auto",
-        calibration_images: int = 2000,
-        batch_size: int = 128,
-        example_input: Sequence[int] | None = None,
+        steps: Count = 500,
+        learning_rate: Positive = 1e-3,
+        adaptation_batch: Count = 16,
+        align: AlignBy | None = None,
+        head: HeadChoice = "auto",
+        batch_norm: bn.Treatment = "auto",
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        check_choice("granularity", granularity, GRANULARITIES)
-        for option, value in (("steps", steps), ("adaptation_batch", adaptation_batch)):
-            if value < 1:
-                raise UserError(f"{option} is {value}; give 1 or more")
-        if not 0 < learning_rate < float("inf"):
-            raise UserError(f"learning_rate is {learning_rate}; give a number above 0")
         super().__init__(
             rule=TaskArithmetic(scale=initial),
             align=align,

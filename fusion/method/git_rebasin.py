@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
+from fusion.merging import batch_norm as bn
 from fusion.merging.assembly import Assembly
+from fusion.merging.heads import HeadChoice
 from fusion.merging.members import Members
 from fusion.merging.rules import Mean, Slerp
 from fusion.method.merge import Merge
+from fusion.options import ImageShape, SampleSize, Seed, checked
 
-BY = ("weights", "activations")
-INTERPOLATIONS = ("lerp", "slerp")
+By = Literal["weights", "activations"]
+Interpolation = Literal["lerp", "slerp"]
 
 
 class GitReBasin(Merge):
@@ -46,22 +48,21 @@ class GitReBasin(Merge):
     without_images: ClassVar[str] = "interpolate"
     without_alignment: ClassVar[str] = ""
 
+    @checked
     def __init__(
         self,
         *,
-        by: str = "weights",
+        by: By = "weights",
         merge_many: bool = False,
-        interpolation: str = "lerp",
-        head: str = "auto",
-        batch_norm: str = "auto",
-        calibration_images: int = 2000,
-        batch_size: int = 128,
-        example_input: Sequence[int] | None = None,
+        interpolation: Interpolation = "lerp",
+        head: HeadChoice = "auto",
+        batch_norm: bn.Treatment = "auto",
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        check_choice("by", by, BY)
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
         if merge_many and by == "activations":
             raise UserError(
                 "merge_many=true compares each network with a mean of networks, whose activations "

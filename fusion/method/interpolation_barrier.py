@@ -6,14 +6,14 @@ import copy
 import itertools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import nn
 from tqdm import tqdm
 
 from fusion.alignment import align
 from fusion.alignment.align import By
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.merging import batch_norm as bn
 from fusion.merging.alignment import AlignmentStage, activation_images, symmetries
@@ -21,6 +21,7 @@ from fusion.merging.averaging import mean_network
 from fusion.merging.heads import plan_heads
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
+from fusion.options import NON_EMPTY, SampleSize, Seed, Within, checked
 from fusion.taskpool import ClassificationTaskPool
 from fusion.weights import tensors_of
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALIGNMENTS = ("none", "weights", "activations")
-TREATMENTS = ("interpolate", "merge", "recalibrate", "repair")  # of batch norm, at every point
+Alignment = Literal["none", "weights", "activations"]
+Treatment = Literal["interpolate", "merge", "recalibrate", "repair"]  # of batch norm, at each point
+Points = Annotated[int, Within(least=3, most=10_001)]
 
 
 class InterpolationBarrier(BaseAlgorithm):
@@ -58,29 +60,24 @@ class InterpolationBarrier(BaseAlgorithm):
         UserError: an option that has no meaning.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        alignments: Sequence[str] = ALIGNMENTS,
-        batch_norm: Sequence[str] = ("interpolate", "recalibrate", "repair"),
-        points: int = 11,
-        calibration_images: int = 2000,
-        batch_size: int = 128,
+        alignments: Annotated[Sequence[Alignment], NON_EMPTY] = ("none", "weights", "activations"),
+        batch_norm: Annotated[Sequence[Treatment], NON_EMPTY] = (
+            "interpolate",
+            "recalibrate",
+            "repair",
+        ),
+        points: Points = 11,
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        for option, names, known in (
-            ("alignments", alignments, ALIGNMENTS),
-            ("batch_norm", batch_norm, TREATMENTS),
-        ):
-            if isinstance(names, str) or not names:
-                raise UserError(f"{option} is {names!r}; give a list of {', '.join(known)}")
-            for name in names:
-                check_choice(option, name, known)
-        if points < 3 or points % 2 == 0:
-            raise UserError(
-                f"points is {points}; a line with a point midway takes an odd number from 3 on"
-            )
+        if points % 2 == 0:
+            raise UserError(f"points is {points}; a line with a point midway takes an odd number")
         self.alignments = list(alignments)
         self.batch_norm = list(batch_norm)
         self.points = points

@@ -9,20 +9,23 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
-from fusion.merging.alignment import ALIGNMENTS, AlignmentStage
+from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import HEADS, HeadPlan, merged_heads, plan_heads
+from fusion.merging.heads import HeadChoice, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
 from fusion.merging.rule import Need, Rule, TaskRule
+from fusion.merging.sequential import merge_in_stages
+from fusion.merging.statistics import Statistics, check_statistics, gather
 from fusion.merging.tensors import merge_parameters, separate_parameters
 from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
+from fusion.options import Count, FilePath, ImageShape, SampleSize, Seed, checked
 from fusion.weights import exact_device, normalised_weights
 
 log = logging.getLogger(__name__)
@@ -47,8 +50,9 @@ class Merge(BaseAlgorithm):
     """Merge experts tensor by tensor with a rule.
 
     The stages, each with a default: align the experts' units, choose layers and the experts'
-    shares, apply the rule to every parameter of these layers, decide about the heads, then about
-    the running statistics of batch norm; and prepare the controls that the result is compared
+    shares, measure what the rule asks for of the experts' data, apply the rule to every parameter
+    of these layers, decide about the heads, then about the running statistics of batch norm; and
+    prepare the controls that the result is compared
     with. Integer buffers are copied; running statistics never pass through a rule.
 
     Args:
@@ -68,6 +72,10 @@ class Merge(BaseAlgorithm):
             the pool has images, else merge).
         calibration_images: how many images are looked at, at most.
         batch_size: images per forward pass.
+        statistics_images: how many training images of each expert are looked at, at most, for a
+            rule that measures the experts' data.
+        cache_dir: where these statistics are kept under a hash of weights, images and options, so
+            that a sweep measures once; by default they stay in memory.
         example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
             training image, or else a guess from the first convolution.
         plot: whether to draw the figures.
@@ -82,34 +90,30 @@ class Merge(BaseAlgorithm):
     without_alignment: ClassVar[str] = "align=null"
     """The option that switches alignment off; empty where alignment is the method."""
 
+    @checked
     def __init__(
         self,
         *,
         rule: Rule,
         weights: Sequence[float] | Mapping[str, float] | None = None,
-        align: str | None = None,
-        head: str = "auto",
-        batch_norm: str = "auto",
-        calibration_images: int = 2000,
-        batch_size: int = 128,
-        example_input: Sequence[int] | None = None,
+        align: AlignBy | None = None,
+        head: HeadChoice = "auto",
+        batch_norm: bn.Treatment = "auto",
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
+        statistics_images: Count = 500,
+        cache_dir: FilePath | None = None,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not isinstance(rule, Rule):
-            raise UserError(
-                f"rule must be a fusion.merging.Rule, not a {type(rule).__name__}; name its class "
-                f"as method.rule._target_"
-            )
-        check_choice("head", head, HEADS)
-        check_choice("batch_norm", batch_norm, bn.TREATMENTS)
-        if align is not None:
-            check_choice("align", align, ALIGNMENTS)
         self.rule = rule
         self.weights = weights
         self.head = head
         self.batch_norm = batch_norm
         self.calibration = bn.Calibration(calibration_images, batch_size, seed)
+        self.sample = bn.Calibration(statistics_images, batch_size, seed)
+        self.cache_dir = cache_dir
         self.alignment = (
             None if align is None else AlignmentStage(align, example_input, seed, self.calibration)
         )
@@ -230,25 +234,66 @@ class Merge(BaseAlgorithm):
     def merged(self, assembly: Assembly) -> nn.Module:
         """Return the network that the rule makes of the assembly's members."""
         members, plan = assembly.members, assembly.plan
-        own: dict[str, dict[str, Tensor]] = {}
-        state: dict[str, Tensor] = {}
+        if self.rule.folded:
+            members = members.folded()
         options: dict[str, Any] = {
             "with_head": plan.head_is_a_layer,
             "device": exact_device(self.fabric.device),
             "seed": self.seed,
         }
-        with self.profile("merge layers"):
-            if isinstance(self.rule, TaskRule) and self.rule.per_task:
+        own: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Tensor] = {}
+        if self.rule.sequential:
+            with self.profile("merge layers"):
+                state = merge_in_stages(
+                    members,
+                    assembly.choice,
+                    self.rule,
+                    assembly.modelpool,
+                    treatment=assembly.treatment,
+                    calibration=self.sample,
+                    **options,
+                )
+        elif isinstance(self.rule, TaskRule) and self.rule.per_task:
+            with self.profile("merge layers"):
                 own = separate_parameters(
                     members, assembly.choice, self.rule, assembly.modelpool.tasks, **options
                 )
-            else:
-                state = merge_parameters(members, assembly.choice, self.rule, **options)
-            heads = merged_heads(
-                plan, members.head, members.base, members.experts, assembly.modelpool
-            )
+        else:
+            found = self._statistics(members, assembly)
+            with self.profile("merge layers"):
+                state = merge_parameters(
+                    members, assembly.choice, self.rule, statistics=found, **options
+                )
+        heads = merged_heads(
+            plan,
+            assembly.members.head,
+            assembly.members.base,
+            assembly.members.experts,
+            assembly.modelpool,
+        )
         with self.profile("batch norm"):
             return assembly.network(state, heads, own)
+
+    def _statistics(self, members: Members, assembly: Assembly) -> Statistics | None:
+        """Return what the rule reads of the experts' data, in the layers that are merged."""
+        if not self.rule.statistics:
+            return None
+        head = () if assembly.plan.head_is_a_layer else members.head.tensors
+        with self.profile("measure the experts' data"):
+            return gather(
+                assembly.modelpool,
+                members,
+                self.rule.statistics,
+                layers=[
+                    layer
+                    for layer in members.layers
+                    if layer.name in assembly.choice and layer.weight not in head
+                ],
+                calibration=self.sample,
+                device=exact_device(self.fabric.device),
+                cache_dir=self.cache_dir,
+            )
 
     @property
     def selected_layers(self) -> list[str]:
@@ -302,6 +347,14 @@ class Merge(BaseAlgorithm):
             raise UserError(
                 f"{rule} needs training images of every expert, and the pool has none of "
                 f"{', '.join(lacking)}; add them to train_datasets"
+            )
+        if not self.rule.sequential:
+            check_statistics(modelpool, self.rule.statistics)
+        elif "cross" not in self.rule.statistics and not isinstance(modelpool.images(), Mapping):
+            raise UserError(
+                f"{rule}.sequential: all experts have the same training images, for which the "
+                f"result is the average, whatever the images are; use sequential=false, or give "
+                f"each expert its own in train_datasets"
             )
 
     def _report(self, assembly: Assembly, result: nn.Module) -> None:

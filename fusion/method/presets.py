@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from fusion.config_folder import config_folder
+from fusion.elsewhere import OPTIONS, choice_hint
 from fusion.errors import UserError, suggestion
 from fusion.method.base import BaseAlgorithm
 from fusion.target import build, locate
@@ -19,15 +20,9 @@ from fusion.target import build, locate
 if TYPE_CHECKING:
     import pandas as pd
 
-_ARXIV = re.compile(r"arXiv[ :]*(\d{4}\.\d{4,5})")
-# What the same option is called elsewhere: FusionBench, mergekit.
-ELSEWHERE = {
-    "scaling_factor": "scale",
-    "scaling_coefficient": "scale",
-    "threshold": "density",
-    "weight": "weights",
-}
-_SEED = "${seed}"  # the one reference in the YAML of a method
+_ARXIV = re.compile(r"arXiv[\s:]*(\d{4}\.\d{4,5})")
+# What references in the YAML of a method stand for without Hydra; nothing is kept on disk.
+_REFERENCES: dict[str, Any] = {"${seed}": 0, "${path.cache_dir}": None}
 
 
 def merge(models: object, method: str = "simple_average", **options: Any) -> nn.Module:
@@ -70,7 +65,7 @@ def algorithm(method: str, **options: Any) -> BaseAlgorithm:
         owner = _owner(spec, name)
         if owner is None:
             known = list(_options(spec))
-            ours = ELSEWHERE.get(name)
+            ours = OPTIONS.get(name)
             hint = f"; here it is called '{ours}'" if ours in known else suggestion(name, known)
             raise UserError(
                 f"method {method} has no option '{name}'{hint} (options: {', '.join(known)})"
@@ -97,7 +92,7 @@ def preset(method: str) -> dict[str, Any]:
     if not file.is_file():
         known = method_names()
         raise UserError(
-            f"there is no method '{method}'{suggestion(method, known)} (there are "
+            f"there is no method '{method}'{choice_hint(method, known)} (there are "
             f"{', '.join(known)})"
         )
     found: dict[str, Any] = {}
@@ -107,7 +102,7 @@ def preset(method: str) -> dict[str, Any]:
             found |= preset(default)
     for key, value in values.items():
         # A rule of its own takes the place of the default's; it is not mixed with it.
-        found[key] = 0 if value == _SEED else value
+        found[key] = _REFERENCES.get(value, value) if isinstance(value, str) else value
     return found
 
 

@@ -7,19 +7,19 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from fusion.data import seed_from
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.labels import LabelSpace
 from fusion.method.base import BaseAlgorithm
 from fusion.method.presets import algorithm
 from fusion.modelpool import BaseModelPool
-from fusion.modelpool.base import SPLITS
+from fusion.options import NON_EMPTY, Count, Seed, Text, checked
 from fusion.taskpool import ClassificationTaskPool, Contestant
 
 if TYPE_CHECKING:
@@ -52,25 +52,20 @@ class Search(BaseAlgorithm):
         UserError: an option that has no meaning.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        method: str = "task_arithmetic",
-        options: Mapping[str, Sequence[Any]] | None = None,
+        method: Text = "task_arithmetic",
+        options: Mapping[str, Annotated[Sequence[Any], NON_EMPTY]] | None = None,
         fixed: Mapping[str, Any] | None = None,
-        budget: int | None = None,
-        split: str = "val",
-        seed: int = 0,
+        budget: Count | None = None,
+        split: Literal["train", "val"] = "val",
+        seed: Seed = 0,
     ) -> None:
-        check_choice("split", split, SPLITS[:2])
-        if budget is not None and budget < 1:
-            raise UserError(f"budget is {budget}; give 1 or more, or null for all candidates")
         self.options = dict(
             {"scale": [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]} if options is None else options
         )
-        for name, values in self.options.items():
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise UserError(f"options.{name} is {values!r}; give a list of values to try")
         self.method = method
         self.fixed = dict(fixed or {})
         self.budget = budget

@@ -6,16 +6,16 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import nn
 
-from fusion.errors import UserError, check_choice, suggestion
+from fusion.errors import UserError, suggestion
 from fusion.files import write_text
+from fusion.merging import batch_norm as bn
 from fusion.merging import layer_scores as scores
 from fusion.merging import notebook
-from fusion.merging.heads import HeadPlan, plan_heads
+from fusion.merging.heads import HeadChoice, HeadPlan, plan_heads
 from fusion.merging.layer_scorer import LayerScorer
 from fusion.merging.layer_scores import LayerRecord
 from fusion.merging.members import LayerChoice, Members, layers_of
@@ -25,8 +25,9 @@ from fusion.method.consistency import write_consistency
 from fusion.method.merge import Merge
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Layer
+from fusion.options import Fraction, ImageShape, Names, SampleSize, Seed, Share, checked
 from fusion.spectrum import layer_snr
-from fusion.spectrum.noise_model import SigmaRule, ThresholdRule
+from fusion.spectrum.noise_model import Level, SigmaRule, ThresholdRule
 from fusion.weights import exact_device
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTINGS = ("snr", "equal")
-INTERPOLATIONS = ("lerp", "slerp", "ties")
-SCORINGS = ("calibrated", "notebook")
+Weighting = Literal["snr", "equal"]
+Interpolation = Literal["lerp", "slerp", "ties"]
+Scoring = Literal["calibrated", "notebook"]
 
 
 class SNRSelectiveMerge(Merge):
@@ -85,36 +86,29 @@ class SNRSelectiveMerge(Merge):
 
     without_alignment: ClassVar[str] = "align=false"
 
+    @checked
     def __init__(
         self,
         *,
-        top_p: float = 0.1,
-        rank_by: str | Sequence[str] = "experts",
-        weighting: str | Sequence[float] | Mapping[str, float] = "snr",
-        interpolation: str = "lerp",
-        scoring: str = "calibrated",
-        batch_norm: str = "auto",
-        head: str = "auto",
+        top_p: Share = 0.1,
+        rank_by: scores.Ranking | Names = "experts",
+        weighting: Weighting | Sequence[float] | Mapping[str, float] = "snr",
+        interpolation: Interpolation = "lerp",
+        scoring: Scoring = "calibrated",
+        batch_norm: bn.Treatment = "auto",
+        head: HeadChoice = "auto",
         sigma: SigmaRule = "median",
         threshold: ThresholdRule = "tracy_widom",
-        alpha: float = 0.01,
-        density: float | None = None,
+        alpha: Level = 0.01,
+        density: Fraction | None = None,
         scale: float | None = None,
-        calibration_images: int = 2000,
-        batch_size: int = 128,
+        calibration_images: SampleSize = 2000,
+        batch_size: SampleSize = 128,
         align: bool = True,
-        example_input: Sequence[int] | None = None,
+        example_input: ImageShape | None = None,
         plot: bool = True,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not 0 <= top_p <= 1:
-            raise UserError(f"top_p is {top_p}; it is a share of the layers, between 0 and 1")
-        if isinstance(rank_by, str):
-            check_choice("rank_by", rank_by, scores.RANKINGS)
-        if isinstance(weighting, str):
-            check_choice("weighting", weighting, WEIGHTINGS)
-        check_choice("interpolation", interpolation, INTERPOLATIONS)
-        check_choice("scoring", scoring, SCORINGS)
         super().__init__(
             rule=_rule(interpolation, scoring, density, scale),
             align="weights" if align else None,
@@ -137,7 +131,6 @@ class SNRSelectiveMerge(Merge):
         if not isinstance(weighting, str):
             self.weights = weighting
         self._snr = partial(layer_snr, sigma=sigma, threshold=threshold, alpha=alpha)
-        self._snr(torch.eye(4))  # a misspelt estimator is an error now, not after hours of training
         self._records: list[LayerRecord] = []
         self._experts: tuple[str, ...] = ()
 

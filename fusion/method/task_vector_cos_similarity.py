@@ -16,6 +16,7 @@ from fusion.files import write_text
 from fusion.method.task_vectors import TaskVectorAnalysis, TaskVectors
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import find_layers
+from fusion.options import FilePath, Seed, Whole, checked
 from fusion.weights.task_vectors import TaskVectorSums
 
 if TYPE_CHECKING:
@@ -55,16 +56,17 @@ class TaskVectorCosSimilarity(TaskVectorAnalysis):
     summary: pd.DataFrame
     layer_similarity: pd.DataFrame | None = None
 
+    @checked
     def __init__(
         self,
         *,
         plot_heatmap: bool = True,
         trainable_only: bool = True,
-        max_points_per_model: int | None = None,
-        output_path: str | Path | None = None,
+        max_points_per_model: Whole | None = None,
+        output_path: FilePath | None = None,
         per_layer: bool = False,
         cluster: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(
             trainable_only=trainable_only,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusion.files import atomic_path
 from fusion.method.task_vectors import TaskVectorAnalysis, TaskVectors
 from fusion.modelpool import BaseModelPool
+from fusion.options import FilePath, Seed, Whole, checked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,14 +42,15 @@ class TaskVectorViolinPlot(TaskVectorAnalysis):
 
     points: pd.DataFrame
 
+    @checked
     def __init__(
         self,
         *,
         trainable_only: bool = True,
-        max_points_per_model: int | None = 1000,
+        max_points_per_model: Whole | None = 1000,
         fig_kwargs: Mapping[str, Any] | None = None,
-        output_path: str | Path | None = None,
-        seed: int = 0,
+        output_path: FilePath | None = None,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(
             trainable_only=trainable_only,

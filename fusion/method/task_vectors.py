@@ -17,6 +17,7 @@ from fusion.errors import UserError
 from fusion.files import require_writable_folder
 from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import PRETRAINED, BaseModelPool
+from fusion.options import FilePath, Seed, Whole, checked
 from fusion.weights import ModuleSource, TensorInfo, TensorSource, tensors_of, trainable_state_dict
 from fusion.weights.positions import draw_positions
 from fusion.weights.task_vectors import TaskVectorSums, sample_task_vectors, sum_task_vectors
@@ -97,19 +98,15 @@ class TaskVectorAnalysis(BaseAlgorithm):
         UserError: a negative number of points.
     """
 
+    @checked
     def __init__(
         self,
         *,
         trainable_only: bool,
-        max_points_per_model: int | None,
-        output_path: str | Path | None,
-        seed: int,
+        max_points_per_model: Whole | None,
+        output_path: FilePath | None,
+        seed: Seed,
     ) -> None:
-        if max_points_per_model is not None and max_points_per_model < 0:
-            raise UserError(
-                f"max_points_per_model is {max_points_per_model}; give a number of points, or null "
-                f"or 0 for all"
-            )
         self.trainable_only = trainable_only
         self.max_points_per_model = max_points_per_model
         self.output_path = None if output_path is None else Path(output_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fusion.data import Preprocessing, label_space
 from fusion.data.shared import load_dataset
@@ -19,6 +20,7 @@ from fusion.modelpool.preflight import check_alike, check_entries, check_finite,
 from fusion.modelpool.soundness import require_sound, unwrapped
 from fusion.models import Head, find_head
 from fusion.models.forward_pass import is_traceable
+from fusion.options import Classes, Names, TargetMapping, Text, checked
 from fusion.target import is_target
 from fusion.weights import TensorSource, tensors_of
 
@@ -45,16 +47,17 @@ class BaseModelPool:
             the last layer of each output, found from the graph.
     """
 
+    @checked
     def __init__(
         self,
         models: Mapping[str, Any] | Sequence[Any],
         *,
-        train_datasets: Mapping[str, Any] | None = None,
-        val_datasets: Mapping[str, Any] | None = None,
-        test_datasets: Mapping[str, Any] | None = None,
-        classes: Mapping[str, Sequence[int | str]] | None = None,
-        tasks: Mapping[str, str] | None = None,
-        head: Sequence[str] | None = None,
+        train_datasets: Mapping[str, Dataset[Any] | TargetMapping] | None = None,
+        val_datasets: Mapping[str, Dataset[Any] | TargetMapping] | None = None,
+        test_datasets: Mapping[str, Dataset[Any] | TargetMapping] | None = None,
+        classes: Mapping[str, Classes] | None = None,
+        tasks: Mapping[str, Text] | None = None,
+        head: Names | None = None,
     ) -> None:
         if not isinstance(models, Mapping):
             models = {str(index): model for index, model in enumerate(models)}
@@ -70,7 +73,7 @@ class BaseModelPool:
         }
         for name, model in models.items():
             self.add_model(name, model)
-        self._datasets = {
+        self._datasets: dict[str, dict[str, Any]] = {
             "train": dict(train_datasets or {}),
             "val": dict(val_datasets or {}),
             "test": dict(test_datasets or {}),

@@ -41,6 +41,7 @@ from fusion.modelpool.written import (
     written_tasks,
 )
 from fusion.models import resize_head
+from fusion.options import Classes, Text, checked
 from fusion.weights import SafetensorsSource, TensorInfo, TensorSource
 
 log = logging.getLogger(__name__)
@@ -74,15 +75,16 @@ class Checkpoint(Member):
             environment (``HF_HUB_OFFLINE``).
     """
 
+    @checked
     def __init__(
         self,
         path: str | Path | None,
         architecture: Architecture | None = None,
         *,
         key: str | None = None,
-        classes: Sequence[int | str] | None = None,
+        classes: Classes | None = None,
         trusted: Sequence[str] = (),
-        revision: str | None = None,
+        revision: Text | None = None,
         offline: bool | None = None,
     ) -> None:
         if not path:
@@ -92,8 +94,6 @@ class Checkpoint(Member):
         self._architecture = architecture
         self._key = key
         self._classes = None if classes is None else LabelSpace.of(classes)
-        if isinstance(trusted, str) or not all(isinstance(target, str) for target in trusted):
-            raise UserError(f"trusted is {trusted!r}; give a list of import paths, [mine.Net]")
         self._trusted = tuple(trusted)
         self._told = False  # once is enough: a run opens a file several times
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from fusion.weights import tensors_of
 
 log = logging.getLogger(__name__)
 
-HEADS = ("auto", "rows", "fresh")
+HeadOrigin = Literal["auto", "rows", "fresh"]
 _SHOWN = 3  # tensors named in an error before the rest is counted
 
 

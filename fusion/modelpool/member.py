@@ -20,7 +20,7 @@ from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import digest_tensors
 from fusion.modelpool.soundness import deep_copy, require_sound, unwrapped
 from fusion.models.layers import without_values
-from fusion.target import build, is_target, locate
+from fusion.target import build, is_target, locate, refusal
 from fusion.weights import ModuleSource, TensorSource
 
 # What fills a tensor with random numbers. Those of torch.nn.init that are not here come down to one
@@ -243,9 +243,19 @@ def on_meta(architecture: Architecture) -> nn.Module:
             made = build_architecture(architecture)
     except (NotImplementedError, RuntimeError):
         # Some constructors compute on their fresh weights, which the meta device cannot do.
-        made = build_architecture(architecture)
+        made = _made_for_real(architecture)
     bare = all(tensor.is_meta for tensor in (*made.parameters(), *made.buffers()))
     return made if bare else without_values(made)
+
+
+def _made_for_real(architecture: Architecture) -> nn.Module:
+    try:
+        return build_architecture(architecture)
+    except RuntimeError as error:
+        if not isinstance(architecture, Mapping):
+            raise
+        options = {name: value for name, value in architecture.items() if not name.startswith("_")}
+        raise refusal(architecture["_target_"], options, error) from error
 
 
 class WithoutRandomValues(TorchFunctionMode):

@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from fusion.data import ClassSubset, label_space, seed_from
 from fusion.data.shared import load_dataset
-from fusion.errors import UserError, check_choice
-from fusion.files import require_writable_folder
+from fusion.errors import UserError
+from fusion.files import only_one, require_writable_folder
 from fusion.labels import LabelSpace
 from fusion.modelpool.fingerprint import canonical, data_fingerprint, digest_tensors
-from fusion.modelpool.inheriting import HEADS, inherit
+from fusion.modelpool.inheriting import HeadOrigin, inherit
 from fusion.modelpool.member import (
     Entry,
     Member,
@@ -29,8 +27,21 @@ from fusion.modelpool.member import (
     build_architecture,
     on_meta,
 )
+from fusion.options import (
+    Classes,
+    Count,
+    FilePath,
+    NonNegative,
+    Positive,
+    Seed,
+    TargetMapping,
+    Text,
+    checked,
+)
 from fusion.target import check_options, locate
 from fusion.training import fit
+from fusion.training.devices import Accelerator, Precision, make_fabric
+from fusion.training.schedule import Schedule
 from fusion.weights import (
     SafetensorsSource,
     TensorSource,
@@ -41,11 +52,13 @@ from fusion.weights import (
     tensors_of,
 )
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 log = logging.getLogger(__name__)
 
 RECIPE_FORMAT = 2  # raise it when the same recipe would give other weights than before
 _NAME_LENGTH = 16  # hexadecimal digits of the recipe's hash in a file name: 64 bits
-_PATIENCE = 5.0  # seconds of waiting for another process before the log says so
 
 
 class TrainedModel(Member):
@@ -74,38 +87,29 @@ class TrainedModel(Member):
         fast_dev_run: train on one batch for one epoch.
     """
 
+    @checked
     def __init__(
         self,
-        architecture: Mapping[str, Any],
-        dataset: Mapping[str, Any],
+        architecture: TargetMapping,
+        dataset: TargetMapping,
         *,
-        classes: Sequence[int | str] | None = None,
-        init_from: str | None = None,
-        head: str = "auto",
-        epochs: int = 10,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        batch_size: int = 128,
-        schedule: str = "one_cycle",
+        classes: Classes | None = None,
+        init_from: Text | None = None,
+        head: HeadOrigin = "auto",
+        epochs: Count = 10,
+        lr: Positive = 1e-3,
+        weight_decay: NonNegative = 0.01,
+        batch_size: Count = 128,
+        schedule: Schedule = "one_cycle",
         augment: bool = False,
         channels_last: bool = True,
         compile: bool = False,
-        precision: str = "32-true",
-        accelerator: str = "auto",
-        seed: int = 0,
-        cache_dir: str | Path = "~/.cache/fusion",
+        precision: Precision = "32-true",
+        accelerator: Accelerator = "auto",
+        seed: Seed = 0,
+        cache_dir: FilePath = "~/.cache/fusion",
         fast_dev_run: bool = False,
     ) -> None:
-        for option, value in (("architecture", architecture), ("dataset", dataset)):
-            if not isinstance(value, Mapping) or "_target_" not in value:
-                raise UserError(
-                    f"TrainedModel: {option} must be a mapping with _target_, not a "
-                    f"{type(value).__name__}: a recipe is kept under what it says"
-                )
-        for count, number in (("epochs", epochs), ("batch_size", batch_size)):
-            if number < 1:
-                raise UserError(f"TrainedModel: {count} is {number}; give 1 or more")
-        check_choice("head", head, HEADS)
         self.architecture_spec = architecture
         self.init_from = init_from
         self._classes = None if classes is None else tuple(classes)
@@ -138,6 +142,7 @@ class TrainedModel(Member):
                 raise UserError(f"cache_dir: '{self.path(entry)}' is a folder; remove it")
             if self._kept(entry) is None:
                 require_writable_folder(self._cache_dir, "cache_dir")
+                self._fabric()
                 if entry.parent is not None:
                     self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
         except UserError as error:
@@ -220,7 +225,7 @@ class TrainedModel(Member):
     def _trained(self, entry: Entry) -> Path:
         """Return the file of the weights; train and keep them first if there is no whole one."""
         if (kept := self._kept(entry)) is None:
-            with _only_one(self.path(entry), entry.name):
+            with only_one(self.path(entry), entry.name):
                 kept = self._kept(entry)  # another process may have trained it meanwhile
                 if kept is None:
                     return self._train_and_keep(entry)
@@ -248,9 +253,6 @@ class TrainedModel(Member):
         return path if whole else None
 
     def _train(self, entry: Entry) -> tuple[dict[str, Tensor], dict[str, str]]:
-        from lightning.fabric import Fabric
-        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-
         data = self._data(entry)
         seed = seed_from(self._seed, entry.name)
         assert self.architecture_spec is not None
@@ -260,19 +262,12 @@ class TrainedModel(Member):
         if entry.parent is not None:
             parent = tensors_of(entry.parent.build())
             load_tensors(model, self._inherited(entry, parent, lambda _: model))
-        # One process of its own, whatever the run uses: the recipe alone decides the weights.
-        fabric = Fabric(
-            accelerator=self._accelerator,
-            devices=1,
-            precision=self._precision,  # type: ignore[arg-type]
-            plugins=LightningEnvironment(),
-        )
         history = fit(
             model,
             data,
             epochs=self._epochs,
             seed=seed,
-            fabric=fabric,
+            fabric=self._fabric(),
             label=entry.name,
             **self._options,
         )
@@ -293,6 +288,19 @@ class TrainedModel(Member):
             metadata["labels"] = labels.to_json()
         return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
+    def _fabric(self) -> Fabric:
+        """Return one process of its own, whatever the run uses: the recipe decides the weights."""
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+        return make_fabric(
+            {
+                "accelerator": self._accelerator,
+                "devices": 1,
+                "precision": self._precision,
+                "plugins": LightningEnvironment(),
+            }
+        )
+
     def _inherited(
         self, entry: Entry, parent: Mapping[str, Tensor], make: Any
     ) -> dict[str, Tensor]:
@@ -306,22 +314,6 @@ class TrainedModel(Member):
             wanted=self.labels(entry),
             parent_name=entry.parent.name,
         )
-
-
-@contextmanager
-def _only_one(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a cached file; the log says what is waited for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=_PATIENCE)
-    except Timeout:
-        log.info("%s: waiting for another process, which holds %s", name, lock.lock_file)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @cache

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.errors import UserError
+from fusion.options import Units, Width, Within, checked
 
 STAGE_CHANNELS = (16, 32, 64)  # at width 1
+Depth = Annotated[int, Within(most=100_000)]  # He et al. went to 1,202
 
 
 class CifarResNet(nn.Module):
@@ -35,12 +37,13 @@ class CifarResNet(nn.Module):
     Shapes: ``forward`` takes (N, in_channels, H, W), gives logits (N, num_classes).
     """
 
+    @checked
     def __init__(
         self,
-        depth: int = 20,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: float = 1,
+        depth: Depth = 20,
+        num_classes: Units = 10,
+        in_channels: Units = 3,
+        width: Width = 1,
         shortcut: Literal["A", "B"] = "A",
     ) -> None:
         super().__init__()
@@ -48,13 +51,6 @@ class CifarResNet(nn.Module):
             raise UserError(
                 f"CifarResNet: depth must be 6n+2 (8, 14, 20, …, 56, …), not {depth}; "
                 f"the nearest is {_nearest_depth(depth)}"
-            )
-        if shortcut not in ("A", "B"):
-            raise UserError(f"CifarResNet: shortcut must be 'A' or 'B', not {shortcut!r}")
-        if num_classes < 1 or in_channels < 1 or width <= 0:
-            raise UserError(
-                "CifarResNet: num_classes, in_channels and width must be positive, not "
-                f"{num_classes}, {in_channels} and {width}"
             )
         blocks = (depth - 2) // 6
         first, second, third = (max(1, round(width * channels)) for channels in STAGE_CHANNELS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion.errors import UserError
+from fusion.options import Units, Width, Within, checked
 
 STAGES = ((64, 3), (128, 4), (256, 3))  # (channels, residual blocks) at width 1
 FULLY_CONNECTED = (512, 256, 128, 64)  # at width 1
+Dropout = Annotated[float, Within(least=0, below=1)]
 
 
 class SeparableResNet(nn.Module):
@@ -31,22 +34,15 @@ class SeparableResNet(nn.Module):
     Shapes: ``forward`` takes (N, in_channels, H, W), gives logits (N, num_classes).
     """
 
+    @checked
     def __init__(
         self,
-        num_classes: int = 10,
-        in_channels: int = 3,
-        width: float = 1.0,
-        dropout: float = 0.4,
+        num_classes: Units = 10,
+        in_channels: Units = 3,
+        width: Width = 1.0,
+        dropout: Dropout = 0.4,
     ) -> None:
         super().__init__()
-        if num_classes < 1 or in_channels < 1 or width <= 0:
-            raise UserError(
-                "SeparableResNet: num_classes, in_channels and width must be positive, not "
-                f"{num_classes}, {in_channels} and {width}"
-            )
-        if not 0 <= dropout < 1:
-            raise UserError(f"SeparableResNet: dropout must lie in [0, 1), not {dropout}")
-
         (first, n_first), (second, n_second), (third, n_third) = (
             (_scaled(channels, width), blocks) for channels, blocks in STAGES
         )

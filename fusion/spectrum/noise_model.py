@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
+from fusion.options import Within
 from fusion.spectrum import marchenko_pastur, tracy_widom
 from fusion.spectrum.notebook import notebook_sigma, notebook_threshold
 
+MIN_ALPHA = 1e-9  # beyond it the tail of the Tracy–Widom law runs out of double precision
+Level = Annotated[float, Within(least=MIN_ALPHA, below=1)]
 SigmaRule = Literal["median", "iqr", "notebook"]
 ThresholdRule = Literal["tracy_widom", "mp_edge", "gavish_donoho", "notebook"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusion.errors import UserError, suggestion
 from fusion.spectrum.noise_model import (
+    MIN_ALPHA,
     SigmaRule,
     ThresholdRule,
     estimate_sigma,
@@ -20,7 +21,6 @@ from fusion.spectrum.svd import singular_values, to_float64
 
 MIN_SINGULAR_VALUES = 3  # with fewer there is no majority of noise to stand out from
 MIN_RESOLUTION = 1e-12  # relative; the decomposition's own rounding in float64 stays well below it
-MIN_ALPHA = 1e-9  # beyond it the tail of the Tracy–Widom law runs out of double precision
 
 
 @dataclass(frozen=True, eq=False)

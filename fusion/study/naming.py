@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -81,7 +82,8 @@ def _merge_name(row: pd.Series[Any], *, alone: bool) -> str:
     if pd.notna(interpolation):
         parts.append(str(interpolation).upper())
     if pd.notna(share):
-        parts.append(f"{100 * float(share):g} %")
+        # A method of somebody else's may mean anything by that option.
+        parts.append(f"{100 * share:g} %" if isinstance(share, Real) else str(share))
     if not parts or not alone:
         method = row["method"] if pd.notna(row["method"]) else row["algorithm"]
         parts.insert(0, str(method))

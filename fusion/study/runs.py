@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion.annotations import misfit
 from fusion.errors import UserError
 from fusion.run_folder import ERROR, READY, REPORT, WORKING, recover
 from fusion.run_folder import UNFINISHED as LEFT
 
 _NAMED = 3  # runs that failed of one reason and are named
+# What a report holds, where it holds it; a file that somebody else wrote may say anything.
+_Plain = str | int | float | None
+_Figure = float | None
+_Metric = float | Mapping[str, Any] | Sequence[Any] | None
+_SHAPE: dict[str, Any] = {
+    "method": _Plain,
+    "seed": _Plain,
+    "options": Mapping[str, Mapping[str, Any]],
+    "controls": Sequence[str],
+    "choices": Mapping[str, Any],
+    "choices.job": int | None,
+    "choices.method": _Plain,
+    "choices.modelpool": _Plain,
+    "choices.taskpool": _Plain,
+    "choices.overrides": Sequence[str],
+    "evaluation": Mapping[str, Mapping[str, Mapping[str, _Metric]]],
+    "seconds": Mapping[str, _Figure],
+    "environment": Mapping[str, Any],
+    "finetune": Mapping[str, Any] | None,
+    "finetune.strategy": _Plain,
+    "finetune.same_as": Sequence[str],
+    "finetune.seconds": _Figure,
+    "finetune.peak_bytes": _Figure,
+    "finetune.memory": _Plain,
+    "finetune.trained_parameters": _Figure,
+    "algorithm": Mapping[str, Any],
+    "algorithm.selected_layers": Sequence[str] | None,
+    "algorithm.batch_norm": _Plain,
+    "algorithm.candidate_layers": _Figure,
+    "algorithm.consistency": Mapping[str, Mapping[str, Any]],
+}
+_ABSENT = object()
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 
 
@@ -75,12 +108,22 @@ def _is_inside_a_run(file: Path) -> bool:
 def _read(place: Path, name: str) -> Run:
     if (place / REPORT).is_file():
         report = _json(place / REPORT)
+        _check_shape(report, place / REPORT)
         return Run(name, FINISHED, report, job=report.get("choices", {}).get("job"))
     if (place / ERROR).is_file():
         error = _json(place / ERROR)
         told = f"{error.get('kind', '')}: {error.get('message', '')}"
         return Run(name, FAILED, {}, told, job=error.get("job"))
     return Run(name, UNFINISHED, {})
+
+
+def _check_shape(report: Mapping[str, Any], file: Path) -> None:
+    for path, kind in _SHAPE.items():
+        node: Any = report
+        for key in path.split("."):
+            node = node.get(key, _ABSENT) if isinstance(node, Mapping) else _ABSENT
+        if node is not _ABSENT and (wrong := misfit(node, kind)) is not None:
+            raise UserError(f"'{file}': {wrong.sentence(path)}, or run that job again")
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fusion.models import MultiTaskNetwork
 
 log = logging.getLogger(__name__)
 
-JOINT_RULES = ("softmax", "raw")
+JointRule = Literal["softmax", "raw"]
 Call = Callable[[nn.Module, Tensor], Any]
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fusion.data import Preprocessing, batches, label_space, labels_of
 from fusion.data.shared import load_dataset
-from fusion.errors import UserError, check_choice
+from fusion.errors import UserError
 from fusion.labels import LabelSpace, joint_space
+from fusion.options import NON_EMPTY, Count, TargetMapping, checked
 from fusion.target import is_target
-from fusion.taskpool.answers import JOINT_RULES, Call, answer_of
+from fusion.taskpool.answers import Call, JointRule, answer_of
 from fusion.taskpool.base import BaseTaskPool, Contestant
 from fusion.taskpool.examinee import Examinee
 from fusion.weights import image_dtype
@@ -56,22 +58,17 @@ class ClassificationTaskPool(BaseTaskPool):
     preprocessing: Preprocessing | None = None
     """What the weights expect of images; data that does not say otherwise follows."""
 
+    @checked
     def __init__(
         self,
-        tasks: Mapping[str, Any],
+        tasks: Annotated[Mapping[str, Dataset[Any] | TargetMapping], NON_EMPTY],
         *,
-        batch_size: int = 500,
+        batch_size: Count = 500,
         evaluate_members: bool = False,
-        joint: str | None = "softmax",
+        joint: JointRule | None = "softmax",
         fast_dev_run: bool = False,
     ) -> None:
-        if not isinstance(tasks, Mapping) or not tasks:
-            raise UserError("taskpool.tasks is empty; give at least one task: name → dataset")
-        if batch_size < 1:
-            raise UserError(f"taskpool.batch_size must be at least 1, not {batch_size}")
-        if joint is not None:
-            check_choice("taskpool.joint", joint, JOINT_RULES)
-        self._tasks = dict(tasks)
+        self._tasks: dict[str, Any] = dict(tasks)
         self._classes: dict[str, LabelSpace | None] = {}
         self.batch_size = batch_size
         self.evaluate_members = evaluate_members

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 from torch.utils.data import Dataset
@@ -14,18 +14,20 @@ from torch.utils.data import Dataset
 from fusion.data import batches, few, seed_from
 from fusion.errors import UserError, suggestion
 from fusion.models import Layer, MultiTaskNetwork, find_head, find_layers
+from fusion.options import Count, NonNegative, Positive, Seed, checked
 from fusion.training.feeding import TrainingData
 from fusion.training.fitting import fit
 from fusion.training.history import History
 from fusion.training.measuring import Measurement, measure
-from fusion.training.schedule import Schedule, check_schedule
+from fusion.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
-STRATEGIES = ("head", "selective", "full")
+Strategy = Literal["head", "selective", "full"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 @dataclass(frozen=True)
@@ -93,31 +95,21 @@ class FineTuning:
         UserError: an option that has no meaning.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        strategy: str = "head",
-        epochs: int = 3,
-        lr: float = 2e-3,
-        weight_decay: float = 0.01,
-        batch_size: int = 128,
+        strategy: Strategy = "head",
+        epochs: Count = 3,
+        lr: Positive = 2e-3,
+        weight_decay: NonNegative = 0.01,
+        batch_size: Count = 128,
         schedule: Schedule = "one_cycle",
         augment: bool = False,
-        images: int | None = None,
-        seed: int = 0,
+        images: Count | None = None,
+        seed: Seed = 0,
         fast_dev_run: bool = False,
     ) -> None:
-        if strategy not in STRATEGIES:
-            raise UserError(
-                f"finetune: there is no strategy '{strategy}'{suggestion(strategy, STRATEGIES)} "
-                f"(there are {', '.join(STRATEGIES)})"
-            )
-        check_schedule(schedule)
-        for option, value in (("epochs", epochs), ("batch_size", batch_size), ("images", images)):
-            if value is not None and value < 1:
-                raise UserError(f"finetune.{option} is {value}; give 1 or more")
-        if not lr > 0:
-            raise UserError(f"finetune.lr is {lr}; give a number above 0")
         self.strategy = strategy
         self.images = images
         self.seed = seed

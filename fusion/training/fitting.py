@@ -16,33 +16,35 @@ from tqdm import tqdm
 
 from fusion.data import batches, seed_from
 from fusion.errors import UserError
+from fusion.options import Count, NonNegative, Positive, Seed, checked
 from fusion.training.feeding import Feed, TrainingData
 from fusion.training.freezing import freeze
 from fusion.training.history import Epoch, History, Scores
 from fusion.training.restoring import restored
-from fusion.training.schedule import Schedule, check_schedule, learning_rate_factor
+from fusion.training.schedule import Schedule, learning_rate_factor
 from fusion.training.scoring import Scorer
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
+@checked
 def fit(
     model: nn.Module,
     dataset: TrainingData,
     *,
     val: TrainingData | None = None,
-    epochs: int = 10,
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
-    batch_size: int = 128,
+    epochs: Count = 10,
+    lr: Positive = 1e-3,
+    weight_decay: NonNegative = 0.01,
+    batch_size: Count = 128,
     schedule: Schedule = "one_cycle",
     augment: bool = False,
     trainable: Iterable[str] | None = None,
     channels_last: bool = True,
     compile: bool = False,
-    max_batches: int | None = None,
-    seed: int = 0,
+    max_batches: Count | None = None,
+    seed: Seed = 0,
     fabric: Fabric | None = None,
     progress: bool = True,
     label: str = "training",
@@ -86,12 +88,6 @@ def fit(
         UserError: an impossible option, labels that the network has no output for, or a loss
             that is no longer finite.
     """
-    check_schedule(schedule)
-    for option, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{option}: {value} was asked for; give 1 or more")
-    if max_batches is not None and max_batches < 1:
-        raise UserError(f"max_batches: {max_batches} was asked for; give 1 or more, or none")
     fabric = fabric or _default_fabric()
     feed = Feed(
         dataset,

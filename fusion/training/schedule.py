@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
-
-from fusion.errors import UserError, suggestion
+from typing import Literal
 
 Schedule = Literal["one_cycle", "cosine", "constant"]
 
 _WARM_UP = 0.25  # share of the steps in which one_cycle rises to the full learning rate
-
-
-def check_schedule(schedule: str) -> None:
-    """Raise a UserError if there is no such schedule."""
-    if schedule not in get_args(Schedule):
-        raise UserError(
-            f"schedule: there is no '{schedule}'; choose from {', '.join(get_args(Schedule))}"
-            f"{suggestion(schedule, get_args(Schedule))}"
-        )
 
 
 def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:

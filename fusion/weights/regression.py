@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from fusion.options import Within
+
 # Below this a Cholesky factorisation in float64 may find a singular Gram matrix of some thousand
 # columns indefinite.
 LEAST_RIDGE = 1e-10
+Ridge = Annotated[float, Within(least=LEAST_RIDGE)]
 
 
 def regression_mean(
@@ -44,9 +48,25 @@ def regression_mean(
     for matrix, gram, weight in terms:
         total.add_(gram, alpha=weight)
         pull.add_((matrix.double() - towards) @ gram.double(), alpha=weight)
-    level = total.diagonal(dim1=-2, dim2=-1).mean(-1)
-    level = level.where(level > 0, 1)  # no input at all: any ridge keeps W_0
-    total.diagonal(dim1=-2, dim2=-1).add_(ridge * level[..., None])
-    # W - W_0 = pull / total, and total is symmetric.
-    moved = torch.cholesky_solve(pull.mT, torch.linalg.cholesky(total)).mT
-    return towards + moved
+    return towards + ridge_step(pull, total, ridge=ridge)
+
+
+def ridge_step(pull: Tensor, gram: Tensor, *, ridge: float) -> Tensor:
+    r"""Return the step :math:`P\,(G + \rho I)^{-1}` of a ridge regression.
+
+    :math:`\rho` is ``ridge`` times the mean of the diagonal of G. Columns of zeros in G and P give
+    zeros.
+
+    Args:
+        pull: P, (…, m, d) in float64.
+        gram: G, (…, d, d) in float64: symmetric, positive semidefinite.
+        ridge: relative to G, at least 1e-10.
+
+    Returns:
+        (…, m, d).
+    """
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    level = level.where(level > 0, 1)  # no input at all: any ridge gives 0
+    regular = gram.clone()
+    regular.diagonal(dim1=-2, dim2=-1).add_(ridge * level[..., None])
+    return torch.cholesky_solve(pull.mT, torch.linalg.cholesky(regular)).mT

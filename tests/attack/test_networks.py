@@ -149,13 +149,14 @@ def merge(models: dict[str, nn.Module], method: str) -> nn.Module:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MERGED)
-def test_an_odd_network_is_merged(kind: str, method: str) -> None:
+def test_an_odd_network_is_merged(kind: str, method: str, attack) -> None:
     models = members(MERGED[kind])
-    model = merge(models, method).eval()
-    dtype = next(iter(model.parameters())).dtype
-    assert torch.isfinite(model(IMAGES.to(dtype))).all()
-    for name, buffer in model.named_buffers():
-        assert not name.endswith("running_var") or bool((buffer > 0).all())
+    with attack("networks", "right"):
+        model = merge(models, method).eval()
+        dtype = next(iter(model.parameters())).dtype
+        assert torch.isfinite(model(IMAGES.to(dtype))).all()
+        for name, buffer in model.named_buffers():
+            assert not name.endswith("running_var") or bool((buffer > 0).all())
 
 
 def test_a_number_is_averaged_like_any_parameter() -> None:
@@ -166,18 +167,19 @@ def test_a_number_is_averaged_like_any_parameter() -> None:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_a_member_is_refused_in_a_sentence(kind: str) -> None:
+def test_what_cannot_be_a_member_is_refused_in_a_sentence(kind: str, attack) -> None:
     make, said = REFUSED[kind]
     models = members(make)
     for method in ("simple_average", "dummy"):
         made = DummyAlgorithm() if method == "dummy" else algorithm(method)
-        with pytest.raises(UserError, match=said):
+        with attack("networks", "sentence"), pytest.raises(UserError, match=said):
             made.run(models)
 
 
 @pytest.mark.parametrize("kind", NOT_MERGED)
-def test_parameters_that_are_no_weights_are_not_averaged(kind: str) -> None:
+def test_parameters_that_are_no_weights_are_not_averaged(kind: str, attack) -> None:
     models = members(NOT_MERGED[kind])
-    with pytest.raises(UserError, match=r"is parametrized|is complex"):
+    refused = pytest.raises(UserError, match=r"is parametrized|is complex")
+    with attack("networks", "sentence"), refused:
         fusion.merge(models, "simple_average")
     assert isinstance(DummyAlgorithm().run(models), Net)  # to be measured it may be what it is

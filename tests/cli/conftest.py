@@ -1,12 +1,11 @@
-"""The real command: in a process of its own, or in this one where torch is paid for already."""
+"""The real command, in a process of its own."""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,39 +61,3 @@ def command(tmp_path: Path) -> Callable[..., Answer]:
         return run_command(*arguments, cwd=tmp_path, **options)  # type: ignore[arg-type]
 
     return run
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the members that were trained on one batch are kept."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def main_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> Iterator[Callable[..., None]]:
-    """The command's function in this process, in an empty folder; what it sets is set back."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from fusion.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FUSION_CACHE", str(cache))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(sys, "argv", ["fusion_bench"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-
-    def run(*arguments: str) -> None:
-        GlobalHydra.instance().clear()
-        main(arguments)
-
-    yield run
-    GlobalHydra.instance().clear()
-    for handler in root.handlers:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)

@@ -119,6 +119,15 @@ def test_a_finished_run_is_replaced_only_when_asked(main_in, tmp_path, capsys) -
     assert json.loads((tmp_path / "run" / "report.json").read_text())["seed"] == 3
 
 
+def test_the_tables_of_a_method_do_not_go_into_another_run(main_in, tmp_path, capsys) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main_in("modelpool=digits", "method=task_vector_cos_similarity", "method.output_path=old")
+    assert "method.output_path: 'old' holds another run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["report.json"]
+
+
 def test_the_report_and_the_model_can_go_elsewhere(main_in, tmp_path) -> None:
     where = ("report_save_path=r/r.json", "merged_model_save_path=m/m.safetensors")
     main_in("modelpool=digits", "fast_dev_run=true", "output_path=run", *where)

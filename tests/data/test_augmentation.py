@@ -26,5 +26,5 @@ def test_draws_reach_every_offset_and_both_sides() -> None:
 
 
 def test_negative_padding_is_refused() -> None:
-    with pytest.raises(UserError, match="padding: -1"):
+    with pytest.raises(UserError, match="padding is -1"):
         Augmentation(padding=-1)

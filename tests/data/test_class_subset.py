@@ -32,7 +32,7 @@ def test_names_and_labels_choose_alike(train_digits: ImageTensors) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([], "at least one class"),
+        ([], "classes is .*; give a non-empty list"),
         ([1, 1], "each once"),
         ([1, "1"], "each once"),
         ([10], "10 is not a class"),

@@ -144,12 +144,12 @@ def test_without_colour_all_channels_are_the_luminance(streamed: ImageFiles) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda data: rotated(data, 0), "turns: 0 quarter turns"),
-        (lambda data: blurred(data, 0), "sigma: 0 pixels"),
+        (lambda data: rotated(data, 0), "turns is 0; give 1, 2 or 3"),
+        (lambda data: blurred(data, 0), "sigma is 0; give a number above 0"),
         (lambda data: blurred(data, 3), "reach 9 pixels far, the images have 8x8"),
-        (lambda data: noisy(data, -1), "deviation: -1"),
+        (lambda data: noisy(data, -1), "deviation is -1"),
         (greyed, "has 1 channels; give an RGB set"),
-        (lambda data: resized(data, 0), "size: 0x0"),
+        (lambda data: resized(data, 0), "size is 0"),
         (lambda data: renormalised(data, mean=[0] * 3, std=[1]), "3 and 1 numbers"),
         (lambda data: renormalised(data, mean=[0], std=[0]), "not above zero"),
     ],

@@ -27,5 +27,5 @@ def test_drawing_all_loses_and_repeats_none(numbered: ImageTensors) -> None:
 
 
 def test_drawing_none_is_refused(numbered: ImageTensors) -> None:
-    with pytest.raises(UserError, match="n: 0 images"):
+    with pytest.raises(UserError, match=r"few\.n is 0"):
         few(numbered, 0)

@@ -25,7 +25,7 @@ def test_classes_that_are_missing_leave_no_gap_in_the_labels(train_digits: Image
 
 
 def test_sets_that_disagree_are_refused(train_digits: ImageTensors, numbered: ImageTensors) -> None:
-    with pytest.raises(UserError, match="nothing was given"):
+    with pytest.raises(UserError, match="give a non-empty list"):
         concat([])
     with pytest.raises(UserError, match="number 1 has images of shape"):
         concat([train_digits, numbered])

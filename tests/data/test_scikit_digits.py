@@ -29,7 +29,7 @@ def test_the_splits_together_are_all_images() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"split": "tset"}, "did you mean 'test'"), ({"channels": 2}, "channels: 2")],
+    [({"split": "tset"}, "did you mean 'test'"), ({"channels": 2}, "channels is 2")],
 )
 def test_misspelt_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -48,8 +48,8 @@ def test_the_turn_is_the_label(train_digits: ImageTensors, streamed: ImageFiles)
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({}, "no images for the groups"),
-        ({"none": [], "one": [1]}, r"no images for the groups \['none'\]"),
+        ({}, "groups is {}; give a non-empty mapping"),
+        ({"none": [], "one": [1]}, r"groups.none is \[\]; give a non-empty list"),
         ({"a": [1, 2], "b": ["2"]}, r"\['2'\] are named twice"),
         ({"a": [1, 1]}, r"\['1'\] are named twice"),
         ({"a": ["eleven"]}, "'eleven' is not a class"),

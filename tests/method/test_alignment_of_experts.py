@@ -172,7 +172,7 @@ def test_without_images_statistics_are_interpolated_or_those_of_the_mixture(peer
     ("options", "told"),
     [
         ({"by": "weight"}, "did you mean 'weights'"),
-        ({"interpolation": "ties"}, "interpolation=ties"),
+        ({"interpolation": "ties"}, "interpolation is 'ties'; give lerp or slerp"),
         ({"by": "activations", "merge_many": True}, "choose by=weights"),
     ],
 )

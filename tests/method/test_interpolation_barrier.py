@@ -79,11 +79,11 @@ def test_what_is_missing_is_told(pair, base):
         InterpolationBarrier().run({"first": base, "second": base})
     with pytest.raises(UserError, match="did you mean 'weights'"):
         InterpolationBarrier(alignments=["weight"])
-    for points in (2, 4):
-        with pytest.raises(UserError, match=f"points is {points}.*odd"):
+    for points, cure in ((2, "a whole number from 3"), (4, "an odd number")):
+        with pytest.raises(UserError, match=f"points is {points}.*{cure}"):
             InterpolationBarrier(points=points)
     for option, given in (("alignments", []), ("batch_norm", "repair")):
-        with pytest.raises(UserError, match=f"{option} is .*give a list of"):
+        with pytest.raises(UserError, match=f"{option} is .*give a non-empty list of"):
             InterpolationBarrier(**{option: given})
     with pytest.raises(UserError, match="calibration_images is 1"):
         InterpolationBarrier(calibration_images=1)

@@ -208,7 +208,7 @@ def test_what_is_missing_is_a_sentence_before_any_work(base, peers, models, opti
 
 @pytest.mark.parametrize("wrong", [3, {"rule": 1}, Mean])
 def test_a_rule_is_a_rule(wrong) -> None:
-    with pytest.raises(UserError, match=r"rule must be a fusion\.merging\.Rule"):
+    with pytest.raises(UserError, match=r"Merge\.rule is .*; give a Rule, or a mapping"):
         Merge(rule=wrong)
 
 

@@ -339,11 +339,11 @@ def test_what_is_wrong_with_a_recipe_is_found_before_training(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"epochs": 0}, "epochs is 0; give 1 or more"),
+        ({"epochs": 0}, "epochs is 0; give a whole number of 1 or more"),
         ({"epocs": 3}, "did you mean 'epochs'"),
-        ({"lr": "fast"}, "lr is 'fast', which is no float"),
+        ({"lr": "fast"}, "lr is 'fast'; give a number above 0"),
         ({"head": "row"}, "did you mean 'rows'"),
-        ({"dataset": [1, 2]}, "dataset must be a mapping with _target_, not a list"),
+        ({"dataset": [1, 2]}, "dataset is .*; give a mapping with _target_"),
     ],
 )
 def test_what_is_no_recipe_is_refused_at_once(tmp_path, change, said) -> None:

@@ -200,7 +200,7 @@ def test_the_user_extends_the_list_and_the_file_does_not(file, tmp_path, equal) 
     nested = {**spec, "in_features": {"_target_": "mine_trusted.Net"}}
     with pytest.raises(UserError, match="no plain number"):
         Checkpoint(file(nested), trusted=["mine_trusted.Net"]).build()
-    with pytest.raises(UserError, match="give a list of import paths"):
+    with pytest.raises(UserError, match="give a list of text"):
         Checkpoint(path, trusted="mine_trusted.Net")
 
 
@@ -221,7 +221,7 @@ def test_the_user_may_ask_for_anything(file, base, equal) -> None:
         ),
         ({**RESNET, "groups": 7}, "cannot be built"),
         ({**OURS, "depth": 9}, "depth must be 6n"),
-        ({**OURS, "depth": "8"}, "depth is '8', which is no int"),
+        ({**OURS, "depth": "8"}, "depth is '8'; give a whole number"),
     ],
 )
 def test_no_architecture_grows_beyond_its_file(file, spec, numbers, monkeypatch) -> None:

@@ -156,8 +156,9 @@ def test_data_are_built_when_needed_and_once() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tasks": {}}, "taskpool.tasks is empty"),
-        ({"tasks": {"d": 1}, "batch_size": 0}, "batch_size must be at least 1"),
+        ({"tasks": {}}, "tasks is {}; give a non-empty mapping"),
+        ({"tasks": {"d": 1}}, "tasks.d is 1; give a Dataset, or a mapping with _target_"),
+        ({"tasks": {"d": {"_target_": "x"}}, "batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_an_option_without_meaning_is_refused_at_once(options, said) -> None:

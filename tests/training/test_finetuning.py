@@ -107,9 +107,9 @@ def test_a_fast_run_is_one_batch(make_model: Make, train_digits: ImageTensors) -
     ("options", "words"),
     [
         ({"strategy": "heads"}, "did you mean 'head'"),
-        ({"epochs": 0}, "finetune.epochs is 0"),
-        ({"images": 0}, "finetune.images is 0"),
-        ({"lr": 0.0}, "finetune.lr is 0.0"),
+        ({"epochs": 0}, "FineTuning.epochs is 0"),
+        ({"images": 0}, "FineTuning.images is 0"),
+        ({"lr": 0.0}, "FineTuning.lr is 0.0"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
     ],
 )

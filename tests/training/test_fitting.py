@@ -145,9 +145,9 @@ def test_a_fit_that_fails_leaves_the_modes_as_they_were(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs: 0"),
-        ({"batch_size": 0}, "batch_size: 0"),
-        ({"max_batches": 0}, "max_batches: 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_batches": 0}, "max_batches is 0"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"trainable": ["haed"]}, "did you mean 'head'"),
     ],

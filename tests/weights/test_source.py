@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.errors import UserError
 from fusion.weights import ModuleSource
 
 
@@ -41,10 +40,10 @@ def test_what_is_known_before_reading(network):
         source.info("nothing")
 
 
-def test_extra_state_is_an_error():
+def test_extra_state_stays_with_the_module():
     class Odd(nn.Linear):
         def get_extra_state(self):
             return {"steps": 3}
 
-    with pytest.raises(UserError, match="_extra_state"):
-        ModuleSource(Odd(2, 2))
+    assert set(Odd(2, 2).state_dict()) == {"weight", "bias", "_extra_state"}
+    assert set(ModuleSource(Odd(2, 2))) == {"weight", "bias"}

@@ -6,6 +6,7 @@ from fusion.merging.rules.emr import EMR
 from fusion.merging.rules.fisher import Fisher
 from fusion.merging.rules.iso_c import IsoC
 from fusion.merging.rules.iso_cts import IsoCTS
+from fusion.merging.rules.least_squares import LeastSquares
 from fusion.merging.rules.lines import LiNeS
 from fusion.merging.rules.magmax import MagMax
 from fusion.merging.rules.mean import Mean
@@ -28,6 +29,7 @@ __all__ = [
     "Fisher",
     "IsoC",
     "IsoCTS",
+    "LeastSquares",
     "LiNeS",
     "MagMax",
     "Mean",

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.merging.rule import Need, Piece, Pieces, TaskRule
-from fusion.merging.rules.options import require_number, require_scale
+from fusion.options import NonNegative, Whole, checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ConsensusTA(TaskRule):
     r"""Task arithmetic without the weights that one task alone uses, or none.
@@ -57,17 +58,12 @@ class ConsensusTA(TaskRule):
     """
 
     scale: float = 0.3
-    mask_threshold: float = 0.4
-    minimum_tasks: int = 2
+    mask_threshold: NonNegative = 0.4
+    minimum_tasks: Whole = 2
     per_task: bool = False
 
     needs = frozenset({Need.BASE})
     elementwise = True
-
-    def __post_init__(self) -> None:
-        require_scale("ConsensusTA.scale", self.scale)
-        require_number("ConsensusTA.mask_threshold", self.mask_threshold, least=0)
-        require_number("ConsensusTA.minimum_tasks", self.minimum_tasks, least=0)
 
     def prepare(self, pieces: Pieces) -> None:
         """Check that there are tasks enough.

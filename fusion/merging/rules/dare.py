@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_density
-from fusion.merging.rules.task_arithmetic import TaskArithmetic
+from fusion.merging.rule import Piece, Pieces
+from fusion.merging.rules.wrapping import WrappingRule
+from fusion.options import Fraction, checked
 from fusion.weights.random_mask import random_mask
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class Dare(Rule):
+class Dare(WrappingRule):
     r"""Another rule on task vectors most of whose entries are dropped and the rest rescaled.
 
     .. math::
@@ -53,31 +54,7 @@ class Dare(Rule):
         tensor([2., 2., 2., 2., 0., 0., 2., 0.])
     """
 
-    rule: Rule = field(default_factory=TaskArithmetic)
-    density: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_density("Dare.density", self.density)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the inner rule needs, and a base."""
-        return self.rule.needs | {Need.BASE}
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """What the inner rule reads."""
-        return self.rule.statistics
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether the inner rule is: the masks do not depend on the parts."""
-        return self.rule.elementwise
-
-    @property
-    def affine(self) -> bool:
-        """Whether the inner rule is."""
-        return self.rule.affine
+    density: Fraction = 0.1
 
     def prepare(self, pieces: Pieces) -> Any:
         """Return the plan of the inner rule."""

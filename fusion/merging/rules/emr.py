@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, TaskRule
+from fusion.options import checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class EMR(TaskRule):
     r"""One elected task vector, and for each task a mask and a factor.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_number
+from fusion.options import Positive, checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Fisher(Rule):
     r"""The mean of the experts, each entry weighted by the diagonal of the Fisher information.
@@ -24,13 +26,14 @@ class Fisher(Rule):
 
     Fisher merging (Matena and Raffel, 2022, arXiv 2111.09832, section 3). The gradients are squared
     for each example and then averaged; other implementations square the sum over a batch. Every
-    parameter has a Fisher: kernels, norm parameters and biases are treated alike. Whether y is the
-    label or drawn from the model (the paper's) is the statistic's choice. Equal Fishers
+    parameter has a Fisher: kernels, norm parameters and biases are treated alike. Equal Fishers
     give the weighted mean, and n copies of an expert that expert, bit for bit. No base is needed.
 
-    A piece brings ``statistics["fisher"]``, (n, *shape).
+    A piece brings ``statistics["fisher"]`` or ``statistics["empirical_fisher"]``, (n, *shape).
 
     Args:
+        labels: ``model``: y is what the network predicts, as in the paper; ``true``: y is the label
+            of the image, which makes it the empirical Fisher information.
         floor: smallest Fisher, above 0, relative to the root mean square over the network; where no
             expert has more, the experts are averaged. The reference's 1e-6 is absolute, but the
             Fishers of a well-fitted network may all be below that.
@@ -51,22 +54,33 @@ class Fisher(Rule):
         tensor([3., 1.])
     """
 
-    floor: float = 1e-6
+    labels: Literal["model", "true"] = "model"
+    floor: Positive = 1e-6
     normalise: bool = True
 
-    needs = frozenset({Need.IMAGES, Need.GRADIENTS})
-    statistics = frozenset({"fisher"})
     elementwise = True
 
-    def __post_init__(self) -> None:
-        require_number("Fisher.floor", self.floor, above=0)
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Images and gradients; labels where they are to be true."""
+        images = Need.IMAGES if self.labels == "model" else Need.LABELS
+        return frozenset({images, Need.GRADIENTS})
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """The Fisher information by the chosen labels."""
+        return frozenset({self._name})
+
+    @property
+    def _name(self) -> str:
+        return "fisher" if self.labels == "model" else "empirical_fisher"
 
     def prepare(self, pieces: Pieces) -> tuple[float, ...]:
         """Return what each expert's Fisher is divided by."""
         squares: Tensor | None = None
         entries = 0
         for piece in pieces():
-            fisher = piece.statistics["fisher"].flatten(1).double()
+            fisher = piece.statistics[self._name].flatten(1).double()
             entries += fisher.shape[1]
             sums = fisher.square().sum(1).cpu()
             squares = sums if squares is None else squares + sums
@@ -82,7 +96,7 @@ class Fisher(Rule):
         first = piece.experts[0]
         moved = torch.zeros_like(first)
         weight = torch.zeros_like(first)
-        fishers = piece.statistics["fisher"]
+        fishers = piece.statistics[self._name]
         each = zip(piece.experts, fishers, piece.plan, piece.shares, strict=True)
         for expert, fisher, level, share in each:
             importance = (fisher / level).clamp(min=self.floor).to(first)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion.merging.rule import MatrixRule, Piece
-from fusion.merging.rules.options import require_scale
+from fusion.options import checked
 from fusion.weights.spectral import polar
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class IsoC(MatrixRule):
     r"""The sum of the task matrices with all singular values replaced by their mean.
@@ -50,9 +51,6 @@ class IsoC(MatrixRule):
     """
 
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_scale("IsoC.scale", self.scale)
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""

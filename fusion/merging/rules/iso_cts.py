@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import MatrixRule, Piece
-from fusion.merging.rules.options import require_number, require_scale
+from fusion.options import Share, checked
 from fusion.weights.spectral import exact, leading_components, polar
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class IsoCTS(MatrixRule):
     r"""Common directions of all tasks and own directions of each one, all equally strong.
@@ -54,12 +55,8 @@ class IsoCTS(MatrixRule):
                 [0., 2.]])
     """
 
-    common_share: float = 0.8
+    common_share: Share = 0.8
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_number("IsoCTS.common_share", self.common_share, least=0, most=1)
-        require_scale("IsoCTS.scale", self.scale)
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""

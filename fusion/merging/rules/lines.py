@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fusion.merging.rule import Need, Piece, Pieces, Rule, mean_of_experts
-from fusion.merging.rules.options import require_number
+from fusion.merging.rule import Piece, Pieces, Rule, mean_of_experts
 from fusion.merging.rules.task_arithmetic import TaskArithmetic
+from fusion.merging.rules.wrapping import WrappingRule
+from fusion.options import NonNegative, checked
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class _Slope:
     inner: Any
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
-class LiNeS(Rule):
+class LiNeS(WrappingRule):
     r"""Another rule whose merged change grows linearly with the depth of the layer.
 
     .. math::
@@ -62,33 +64,8 @@ class LiNeS(Rule):
     """
 
     rule: Rule = field(default_factory=lambda: TaskArithmetic(scale=1.0))
-    alpha: float | None = None
+    alpha: NonNegative | None = None
     beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None:
-            require_number("LiNeS.alpha", self.alpha, least=0)
-        require_number("LiNeS.beta", self.beta)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the inner rule needs, and a base."""
-        return self.rule.needs | {Need.BASE}
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """What the inner rule reads."""
-        return self.rule.statistics
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether the inner rule is."""
-        return self.rule.elementwise
-
-    @property
-    def affine(self) -> bool:
-        """Whether the inner rule is."""
-        return self.rule.affine
 
     def prepare(self, pieces: Pieces) -> _Slope:
         """Return the factor of the first layer and the plan of the inner rule."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule
-from fusion.merging.rules.options import require_scale
+from fusion.options import checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MagMax(Rule):
     r"""The change of the expert that moved an entry farthest, entry by entry.
@@ -46,9 +47,6 @@ class MagMax(Rule):
 
     needs = frozenset({Need.BASE})
     elementwise = True
-
-    def __post_init__(self) -> None:
-        require_scale("MagMax.scale", self.scale)
 
     def merge(self, piece: Piece) -> Tensor:
         """Return the merged tensor, (*shape)."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion.merging.rule import Piece, Rule, mean_of_experts
+from fusion.options import checked
 
 
+@checked
 @dataclass(frozen=True)
 class Mean(Rule):
     r"""The mean of the experts, each as often as its share says.

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule, mean_of_experts
+from fusion.options import checked
 from fusion.weights.gram import gram_matrix
 
 
+@checked
 @dataclass(frozen=True)
 class ModelStock(Rule):
     r"""The point between the base and the experts' mean that is nearest to their common centre.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_density, require_scale
+from fusion.options import Fraction, checked
 from fusion.weights.largest import kth_largest
 
 
@@ -32,6 +32,7 @@ class _Balance:
     thresholds: tuple[float, ...] = ()
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PCB(Rule):
     r"""The mean of the task vectors, each entry weighted by how it competes.
@@ -74,15 +75,11 @@ class PCB(Rule):
         tensor([ 3.6429, -2.6279,  0.0000])
     """
 
-    density: float = 0.1
+    density: Fraction = 0.1
     scale: float = 1.0
 
     needs = frozenset({Need.BASE})
     elementwise = True
-
-    def __post_init__(self) -> None:
-        require_density("PCB.density", self.density)
-        require_scale("PCB.scale", self.scale)
 
     def prepare(self, pieces: Pieces) -> _Balance | None:
         """Return the sums of the softmaxes and the thresholds of the network."""

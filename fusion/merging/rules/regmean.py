@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule, mean_of_experts
-from fusion.merging.rules.options import require_number
-from fusion.weights.regression import LEAST_RIDGE, regression_mean
+from fusion.options import Share, checked
+from fusion.weights.regression import Ridge, regression_mean
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RegMean(Rule):
     r"""The linear map that is nearest to each expert's on the inputs which that expert receives.
@@ -46,6 +47,11 @@ class RegMean(Rule):
         ridge: ρ relative to the mean of the Gram matrices' diagonal, 1e-10 or more. With α below 1
             the default only has to settle columns without data.
         bias: whether biases are solved along with the weights; otherwise they are averaged.
+        sequential: measure the Gram matrices behind the layers that are merged already, from the
+            input to the output, instead of in the experts: RegMean++ (Nguyen et al., 2025, arXiv
+            2508.03121). Refused where all experts share their images, for which it is the average.
+        folded: fold batch norm into the layer before it first, so that a layer answers as each
+            expert's layer and norm do. It needs no images to measure running statistics anew.
 
     Raises:
         UserError: an option is outside of its range.
@@ -61,16 +67,14 @@ class RegMean(Rule):
         tensor([[3., 1., 2.]])
     """
 
-    off_diagonal: float = 0.9
-    ridge: float = 1e-6
+    off_diagonal: Share = 0.9
+    ridge: Ridge = 1e-6
     bias: bool = True
+    sequential: bool = False
+    folded: bool = False
 
     needs = frozenset({Need.IMAGES})
     statistics = frozenset({"gram"})
-
-    def __post_init__(self) -> None:
-        require_number("RegMean.off_diagonal", self.off_diagonal, least=0, most=1)
-        require_number("RegMean.ridge", self.ridge, least=LEAST_RIDGE)
 
     @property
     def affine(self) -> bool:

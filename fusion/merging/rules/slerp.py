@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion.merging.rule import Piece, Rule
+from fusion.options import checked
 from fusion.weights import spherical_mean
 
 
+@checked
 @dataclass(frozen=True)
 class Slerp(Rule):
     r"""The mean of the experts' directions on the sphere and of their norms on the line.

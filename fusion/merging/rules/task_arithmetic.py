@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule
-from fusion.merging.rules.options import require_scale
+from fusion.options import checked
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(Rule):
     r"""The base plus the scaled sum of the task vectors.
@@ -43,9 +44,6 @@ class TaskArithmetic(Rule):
 
     needs = frozenset({Need.BASE})
     elementwise = True
-
-    def __post_init__(self) -> None:
-        require_scale("TaskArithmetic.scale", self.scale)
 
     def merge(self, piece: Piece) -> Tensor:
         """Return the merged tensor, (*shape)."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fusion.errors import UserError
 from fusion.merging.rule import Need, Piece, Pieces, Rule
-from fusion.merging.rules.options import require_density, require_scale
+from fusion.options import Fraction, checked
 from fusion.weights import ties
 from fusion.weights.largest import kth_largest
 from fusion.weights.ties_merging import sign_elected_mean
@@ -19,6 +18,7 @@ from fusion.weights.ties_merging import sign_elected_mean
 Scope = Literal["network", "tensor"]
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Ties(Rule):
     r"""The mean of the large changes that agree with the elected sign.
@@ -64,17 +64,11 @@ class Ties(Rule):
         tensor([ 3., -3.,  0.])
     """
 
-    density: float = 0.2
+    density: Fraction = 0.2
     scale: float = 1.0
     scope: Scope = "network"
 
     needs = frozenset({Need.BASE})
-
-    def __post_init__(self) -> None:
-        require_density("Ties.density", self.density)
-        require_scale("Ties.scale", self.scale)
-        if self.scope not in get_args(Scope):
-            raise UserError(f"Ties.scope is {self.scope!r}; give 'network' or 'tensor'")
 
     @property
     def elementwise(self) -> bool:

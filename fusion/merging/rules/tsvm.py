@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fusion.merging.rule import MatrixRule, Piece
-from fusion.merging.rules.options import require_scale
+from fusion.options import checked
 from fusion.weights.spectral import leading_components, polar
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TSVM(MatrixRule):
     r"""The sum of each task's leading singular components, after they have been made orthogonal.
@@ -55,9 +56,6 @@ class TSVM(MatrixRule):
     """
 
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_scale("TSVM.scale", self.scale)
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""

@@ -79,7 +79,8 @@ CHANGES_COPIES = {TSVM, IsoC, IsoCTS}
 
 
 def test_every_rule_is_here() -> None:
-    assert {type(rule).__name__ for rule in RULES.values()} == set(__all__)
+    """LeastSquares reads what other layers return: its laws are in test_sequential.py."""
+    assert {type(rule).__name__ for rule in RULES.values()} == set(__all__) - {"LeastSquares"}
     assert {type(rule) for rule in KEEPS_COPIES} | CHANGES_COPIES == set(map(type, RULES.values()))
 
 

@@ -1,0 +1,49 @@
+"""Rules around another rule: what the pipeline must bring is what the inner rule asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fusion.merging.rule import Need, Rule
+from fusion.merging.rules.task_arithmetic import TaskArithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappingRule(Rule):
+    """A rule that changes what another rule receives or returns; both are measured from the base.
+
+    Args:
+        rule: the inner rule.
+    """
+
+    rule: Rule = field(default_factory=TaskArithmetic)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the inner rule needs, and a base."""
+        return self.rule.needs | {Need.BASE}
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What the inner rule reads."""
+        return self.rule.statistics
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the inner rule is."""
+        return self.rule.elementwise
+
+    @property
+    def affine(self) -> bool:
+        """Whether the inner rule is."""
+        return self.rule.affine
+
+    @property
+    def folded(self) -> bool:
+        """Whether the inner rule is."""
+        return self.rule.folded
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the inner rule is."""
+        return self.rule.sequential

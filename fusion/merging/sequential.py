@@ -1,0 +1,182 @@
+"""Merging from the input to the output: statistics come from behind the layers merged already."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fusion.data import batches, seed_from
+from fusion.merging.batch_norm import Calibration, statistics_keys
+from fusion.merging.members import LayerChoice, Members
+from fusion.merging.rule import Piece, Rule
+from fusion.merging.statistics import Moments, prefix_moments, stages
+from fusion.merging.tensors import like, merge_layer
+from fusion.modelpool import BaseModelPool
+from fusion.models import Layer
+from fusion.training import recalibrate_batch_norm
+from fusion.weights import exact_device, load_tensors, tensors_of
+
+Found = Mapping[str, Mapping[str, Tensor]]
+"""State-dict key of a weight → name → statistic of all experts, (n, …)."""
+
+
+def merge_in_stages(
+    members: Members,
+    choice: LayerChoice,
+    rule: Rule,
+    modelpool: BaseModelPool,
+    *,
+    with_head: bool,
+    treatment: str,
+    calibration: Calibration,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return the merged tensors of the chosen layers, on the CPU.
+
+    The layers go in stages (:func:`~fusion.merging.statistics.stages`). For each stage the
+    statistics ``gram`` and ``cross`` are measured on every expert's images, ``gram`` of what the
+    layers receive behind the merged ones and ``cross`` of that with what the expert's layer
+    returns. Then its layers are merged, and the running statistics behind them are brought up to
+    date, before the next stage is looked at.
+
+    A stage takes one pass of both networks over the images, which ends behind the stage: in all
+    about as many whole passes as there are stages. The images, the experts and the merged network
+    stay in memory; activations do not.
+
+    Args:
+        members: base and experts.
+        choice: which layers, and the experts' shares.
+        rule: how one tensor is merged.
+        modelpool: has the experts as networks, and their images.
+        with_head: whether the head is merged like any layer.
+        treatment: of running statistics; under ``recalibrate_per_task`` each task's images pass
+            through statistics of that task's own.
+        calibration: the sample of each expert's images.
+        device: where to compute.
+        seed: of everything random.
+    """
+    walk = _Walk(members, modelpool, treatment, calibration, device)
+
+    def pieces(
+        some: LayerChoice, found: Found | None = None, plan: object = None
+    ) -> Iterator[Piece]:
+        return members.pieces(
+            some,
+            with_head=with_head,
+            device=exact_device(device),
+            seed=seed,
+            statistics=found,
+            plan=plan,
+        )
+
+    plan = rule.prepare(lambda: pieces(choice))
+    state = tensors_of(members.network)
+    merged: dict[str, Tensor] = {}
+    in_order = stages(members.network, members.layers)
+    for stage in tqdm(in_order, desc="merge", unit="stage", disable=None):
+        chosen = [layer for layer in stage if layer.name in choice]
+        found = walk.measure(
+            [layer for layer in chosen if with_head or layer.weight not in members.head]
+        )
+        tensors: dict[str, Tensor] = {}
+        for layer in chosen:
+            alone = LayerChoice({layer.name: choice.shares[layer.name]})
+            of_layer = merge_layer(rule, list(pieces(alone, found, plan)), members)
+            tensors |= {key: like(tensor, state[key]) for key, tensor in of_layer.items()}
+        walk.advance(stage, tensors, found)
+        merged |= tensors
+    return merged
+
+
+class _Walk:
+    """The network that is being merged, and the experts beside it."""
+
+    def __init__(
+        self,
+        members: Members,
+        modelpool: BaseModelPool,
+        treatment: str,
+        calibration: Calibration,
+        device: torch.device | str,
+    ) -> None:
+        self._members = members
+        self._calibration = calibration
+        self._device = device
+        self._per_task = treatment == "recalibrate_per_task"
+        self._remeasured = treatment.startswith("recalibrate")
+        # Experts of a group share the network that their images pass through.
+        self._groups = modelpool.tasks if self._per_task else {"": list(members.names)}
+        self._networks = {group: copy.deepcopy(members.network) for group in self._groups}
+        self._experts: dict[str, nn.Module] = {}
+        self._datasets = {name: modelpool.dataset(name) for name in members.names}
+        self._images: dict[str, list[Tensor]] = {}
+        for name, tensors in members.experts.items():
+            self._experts[name] = modelpool.load_model(name)
+            load_tensors(self._experts[name], tensors)
+            drawn = batches(
+                self._datasets[name],
+                batch_size=calibration.batch_size,
+                shuffle=True,
+                seed=seed_from(calibration.seed, "statistics"),
+                limit=calibration.images,
+            )
+            self._images[name] = [images for images, _ in drawn]
+
+    def measure(self, layers: Sequence[Layer]) -> dict[str, dict[str, Tensor]]:
+        """Return the statistics of the layers that run as modules of their own."""
+        each: dict[str, Mapping[str, Moments]] = {}
+        for group, names in self._groups.items() if layers else ():
+            for name in names:
+                each[name] = prefix_moments(
+                    self._networks[group],
+                    self._experts[name],
+                    layers,
+                    self._images[name],
+                    device=self._device,
+                )
+        found = {}
+        for layer in layers:
+            if all(layer.weight in moments for moments in each.values()):
+                moments = {name: each[name][layer.weight] for name in self._experts}
+                found[layer.weight] = {
+                    "gram": torch.stack([of_expert.xx for of_expert in moments.values()]),
+                    "cross": torch.stack([self._cross(layer, *item) for item in moments.items()]),
+                }
+        return found
+
+    def advance(self, stage: Sequence[Layer], merged: Mapping[str, Tensor], found: Found) -> None:
+        """Bring the networks up to date with the merged tensors of a stage."""
+        for group, names in self._groups.items():
+            network = self._networks[group]
+            load_tensors(network, merged)
+            known = set()
+            for layer in stage:
+                folding = self._members.foldings.get(layer.name)
+                if folding is not None and layer.weight in found:
+                    known.add(folding.norm)
+                    numbers = [self._members.names.index(name) for name in names]
+                    grams = found[layer.weight]["gram"][numbers]
+                    load_tensors(network, folding.statistics(merged[layer.weight], grams))
+            norms = {norm for layer in stage for norm in layer.norms} - known
+            if self._remeasured and statistics_keys(network, norms):
+                recalibrate_batch_norm(
+                    network,
+                    {name: self._datasets[name] for name in names},
+                    images=self._calibration.images,
+                    batch_size=self._calibration.batch_size,
+                    seed=self._calibration.seed,
+                    device=self._device,
+                    norms=norms,
+                )
+
+    def _cross(self, layer: Layer, name: str, moments: Moments) -> Tensor:
+        """Return the moments of the expert's output, its bias in the folded norm included."""
+        if layer.name not in self._members.foldings:
+            return moments.yx
+        bias = self._members.experts[name][self._members.bias(layer)].to(moments.yx)
+        return moments.yx + bias.view(*moments.yy.shape, 1) * moments.xx[:, None, -1]

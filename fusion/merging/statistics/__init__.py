@@ -1,0 +1,38 @@
+"""What rules ask of the experts' data: names, shapes, and how it is gathered.
+
+A rule names what it needs in :attr:`Rule.statistics <fusion.merging.rule.Rule.statistics>` and
+reads it from a piece, for n experts:
+
+``piece.statistics["gram"]``, (n, g, d + 1, d + 1), of a weight with g groups and d columns in
+    each: the mean of x̃ᵀx̃ over images and output positions, where x̃ is the input patch of the
+    position (the values that meet the columns of ``piece.matrices``) and a 1. So for a weight and
+    bias W̃, row by row, diag(W̃ G W̃ᵀ) is the mean square of the layer's outputs. Layers that do not
+    run, or not as a module of torch's own kind, have none.
+``piece.statistics["fisher"]``, (n, *shape), of every parameter: the mean over examples of the
+    squared gradient of log p(y | x), y as the model predicts it.
+``piece.statistics["empirical_fisher"]``, (n, *shape): the same, y the true label.
+``piece.statistics["cross"]``, (n, g, out/g, d + 1), for sequential rules alone: the mean of y x̃ᵀ,
+    where y is what the expert's layer returns, bias included, on the same images as x̃, which
+    stands behind the layers that are merged already.
+
+All are float64. :func:`gather` measures each expert on its own training images, all that is asked
+for in one pass, and :func:`collect` does so for one network. Merging layer after layer takes
+:func:`stages` and :func:`prefix_moments`.
+"""
+
+from fusion.merging.statistics.collecting import STATISTICS, collect
+from fusion.merging.statistics.gathering import check_statistics, gather
+from fusion.merging.statistics.lookup import Statistics
+from fusion.merging.statistics.prefix import Moments, prefix_moments
+from fusion.merging.statistics.stages import stages
+
+__all__ = [
+    "STATISTICS",
+    "Moments",
+    "Statistics",
+    "check_statistics",
+    "collect",
+    "gather",
+    "prefix_moments",
+    "stages",
+]

@@ -1,0 +1,159 @@
+"""Statistics on disk: a folder for each expert, whole or not at all, read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion.weights import (
+    SafetensorsSource,
+    TensorInfo,
+    TensorSource,
+    save_safetensors,
+)
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.json"
+_VALUES = "values"  # name of the tensor in each file
+_BLOCK = 512  # columns that are mirrored at once
+
+
+class StoredStatistics(TensorSource):
+    """The statistics of one expert in a folder; each is read when it is asked for.
+
+    Names are ``<statistic>/<state-dict key>``. Symmetric matrices lie there as upper triangles.
+
+    Args:
+        folder: where they are.
+        entries: what the index says of each of them.
+    """
+
+    def __init__(self, folder: Path, entries: Iterable[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._entries = {entry["name"]: entry for entry in entries}
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of a statistic, without reading it."""
+        return TensorInfo(tuple(self._entries[name]["shape"]), torch.float64)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of a statistic as a vector in C order; a matrix is read whole for it."""
+        if self._entries[name]["symmetric"]:
+            return self[name].flatten()[start:stop]
+        return self._source(name).read(_VALUES, start, stop)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        values = self._source(name)[_VALUES]
+        if not entry["symmetric"]:
+            return values
+        return from_triangle(values, entry["shape"][-1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _source(self, name: str) -> SafetensorsSource:
+        return SafetensorsSource(self._folder / self._entries[name]["file"])
+
+
+def write_statistics(folder: Path, recipe: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write statistics to ``folder``, which appears whole or not at all.
+
+    The caller holds the folder's lock. What was there before, and what a killed process left
+    beside it, is removed.
+
+    Args:
+        folder: where they go.
+        recipe: what decides them.
+        tensors: names and float64 tensors on any device; taken, written and let go one by one.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}*"):
+        shutil.rmtree(leftover)
+    working = folder.with_name(f".{folder.name}")
+    working.mkdir(parents=True)
+    try:
+        entries = []
+        for number, (name, tensor) in enumerate(tensors):
+            symmetric = tensor.ndim == 3 and torch.equal(tensor, tensor.mT)
+            values = to_triangle(tensor) if symmetric else tensor
+            file = f"{number}.safetensors"
+            save_safetensors(working / file, {_VALUES: values.cpu()})
+            entries.append(
+                {
+                    "name": name,
+                    "shape": list(tensor.shape),
+                    "symmetric": symmetric,
+                    "file": file,
+                    "sha256": _digest(working / file),
+                }
+            )
+        index = {"recipe": recipe, "entries": entries, "sha256": _digest_of(entries)}
+        (working / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        working.rename(folder)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def read_statistics(folder: Path, recipe: str) -> StoredStatistics | None:
+    """Return the statistics in ``folder``, or ``None`` where there are none of this recipe.
+
+    Every file is compared with its checksum; a damaged folder counts as none, with a warning.
+    """
+    if not folder.exists():
+        return None
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        whole = (
+            index["recipe"] == recipe
+            and index["sha256"] == _digest_of(index["entries"])
+            and all(_digest(folder / e["file"]) == e["sha256"] for e in index["entries"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        log.warning("%s is damaged; gathering these statistics again", folder)
+        return None
+    return StoredStatistics(folder, index["entries"])
+
+
+def to_triangle(matrices: Tensor) -> Tensor:
+    """Return the upper triangles of symmetric matrices, (g, c, c) -> (g, c (c + 1) / 2)."""
+    size = matrices.shape[-1]
+    return torch.cat([matrices[:, row, row:] for row in range(size)], dim=1)
+
+
+def from_triangle(values: Tensor, size: int) -> Tensor:
+    """Return the symmetric matrices of which :func:`to_triangle` took the upper triangles."""
+    matrices = values.new_empty(len(values), size, size)
+    start = 0
+    for row in range(size):
+        matrices[:, row, row:] = values[:, start : start + size - row]
+        start += size - row
+    for first in range(0, size, _BLOCK):
+        last = min(first + _BLOCK, size)
+        matrices[:, last:, first:last] = matrices[:, first:last, last:].mT
+        corner = matrices[:, first:last, first:last]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+    return matrices
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_of(entries: object) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
