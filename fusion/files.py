@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 from fusion.errors import UserError
 
+MODEL = "merged.safetensors"  # the result of a merge, in the folder of its run
+
 log = logging.getLogger(__name__)
 
 _PATIENCE = 5.0  # seconds of waiting for another process before the log says so

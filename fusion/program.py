@@ -20,11 +20,12 @@ from fusion.checks import check_run, training_data
 from fusion.errors import UserError
 from fusion.evaluation import Evaluation, evaluate_run
 from fusion.figures.accuracy_table import accuracy_table
-from fusion.files import write_text
+from fusion.files import MODEL, write_text
 from fusion.method import BaseAlgorithm
+from fusion.method.base import ResultFile
 from fusion.modelpool import BaseModelPool
 from fusion.options import FilePath, Seed, TargetMapping, checked
-from fusion.run_folder import CONFIG, FINETUNED, MODEL, RunFolder, save_report
+from fusion.run_folder import CONFIG, FINETUNED, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
@@ -125,7 +126,12 @@ class FusionProgram:
         """
         parts = self._parts()
         self.folder.check(tables=parts.algorithm.output_path)
-        check_run(parts.algorithm, parts.pool, parts.tasks, parts.finetuning)
+        # An algorithm that will write its result itself may leave reading the weights until then.
+        parts.algorithm.result_file = None if self._dry_run else ResultFile(self.folder.model_path)
+        try:
+            check_run(parts.algorithm, parts.pool, parts.tasks, parts.finetuning)
+        finally:
+            parts.algorithm.result_file = None
         self._made_fabric(None)
         if self._dry_run:
             log.info(
@@ -167,6 +173,7 @@ class FusionProgram:
         elsewhere = algorithm.output_path is not None
         if not elsewhere:
             algorithm.output_path = working
+        algorithm.result_file = ResultFile(working / MODEL, self._metadata(algorithm, pool))
         if fabric.is_global_zero and self._config is not None:
             write_text(working / CONFIG, self._config)
         seconds: dict[str, float] = {}
@@ -175,9 +182,11 @@ class FusionProgram:
             model = algorithm.run(pool)
             seconds["run"] = time.perf_counter() - start
         finally:
-            if not elsewhere:  # the object may serve another run
+            algorithm.result_file = None  # the object may serve another run
+            if not elsewhere:
                 algorithm.output_path = None
-        self._save(model, MODEL, algorithm, pool, fabric, working)
+        if algorithm.record.written != working / MODEL:
+            self._save(model, MODEL, algorithm, pool, fabric, working)
         finetuned: FineTuned | None = None
         if parts.finetuning is not None:
             start = time.perf_counter()
@@ -227,14 +236,18 @@ class FusionProgram:
         fabric: Fabric,
         working: Path,
     ) -> None:
-        provenance = json.dumps(self._provenance(algorithm, pool), default=str, sort_keys=True)
         if fabric.is_global_zero:
             pool.save_model(
                 model,
                 working / name,
                 labels=algorithm.result_labels(pool),
-                metadata={"provenance": provenance},
+                metadata=self._metadata(algorithm, pool),
             )
+
+    def _metadata(self, algorithm: BaseAlgorithm, pool: BaseModelPool) -> dict[str, str]:
+        """Return what a network's file says of the run that made it."""
+        provenance = self._provenance(algorithm, pool)
+        return {"provenance": json.dumps(provenance, default=str, sort_keys=True)}
 
     def _provenance(self, algorithm: BaseAlgorithm, pool: BaseModelPool) -> dict[str, Any]:
         return {

@@ -18,12 +18,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fusion.errors import UserError, shown
-from fusion.files import atomic_path, require_writable_folder, write_text
+from fusion.files import MODEL, atomic_path, require_writable_folder, write_text
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.json"
-MODEL = "merged.safetensors"
 FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
 LOG = "fusion_bench.log"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,11 +57,23 @@ class Assembly:
             heads: task → head, or ``""`` → the only head; what is missing is the base's.
             own: task → further parameters of that task alone.
         """
-        body = copy.deepcopy(self.members.network)
-        state = dict(state)
-        if self.treatment in ("merge", "interpolate"):
-            # A rule on folded batch norm has decided about the running statistics there.
-            state = merge_statistics(self.members, self.choice, self.treatment) | state
+        return self.filled(self.members.body(), state, heads, own)
+
+    def filled(
+        self,
+        body: nn.Module,
+        state: Mapping[str, Tensor],
+        heads: Mapping[str, Mapping[str, Tensor]],
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> nn.Module:
+        """Return the same as :meth:`network`, made of ``body``, which is changed.
+
+        Args:
+            body: what is missing elsewhere is from here; on the meta device, the result is as well.
+            state, heads, own: see :meth:`network`.
+        """
+        # A rule on folded batch norm has decided about the running statistics there.
+        state = self.statistics() | dict(state)
         state |= heads.get("", {})
         resize_head(body, state)
         load_tensors(body, state)
@@ -74,6 +85,12 @@ class Assembly:
         if by_task or own or self.treatment == "recalibrate_per_task":
             return self._with_tasks(body, by_task, own or {})
         return body
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Return the running statistics that are made of the experts', if the treatment says so."""
+        if self.treatment not in ("merge", "interpolate"):
+            return {}
+        return merge_statistics(self.members, self.choice, self.treatment)
 
     def _repair(self, body: nn.Module) -> None:
         experts = []

@@ -29,6 +29,7 @@ Treatment = Literal[
     "auto",
 ]
 _WITH_IMAGES = ("recalibrate", "recalibrate_per_task", "repair")
+WITHOUT_IMAGES = ("pretrained", "merge", "interpolate")
 
 
 @checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,14 @@ from fusion.merging.rule import Piece
 from fusion.modelpool import BaseModelPool
 from fusion.models import Head, Layer, find_layers
 from fusion.models.forward_pass import is_traceable
-from fusion.weights import StateDictSource, TensorSource, tensors_of, working_dtype
+from fusion.models.layers import with_tensors, without_values
+from fusion.weights import (
+    ConvertedSource,
+    StateDictSource,
+    TensorSource,
+    tensors_of,
+    working_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,23 @@ class LayerChoice:
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.shares
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A tensor that is merged.
+
+    Attributes:
+        key: its state-dict key; the first one of a tensor that stands under several.
+        layer: the layer that owns it.
+        depth: place of the layer in the forward pass, from 0 (first) to 1 (last).
+        shares: the experts' coefficients, summing to 1.
+    """
+
+    key: str
+    layer: Layer
+    depth: float
+    shares: tuple[float, ...]
 
 
 def layers_of(network: nn.Module, modelpool: BaseModelPool) -> tuple[Layer, ...]:
@@ -58,6 +83,7 @@ class Members:
         experts: name → the expert's tensors, in the order of the reference's units.
         layers: the layers in the order of the forward pass.
         head: the tensors that belong to one task alone.
+        stored: the tensors of ``network`` in its file, where ``network`` itself has no values.
         foldings: layer → the norm that base and experts have folded into it; see :meth:`folded`.
     """
 
@@ -66,6 +92,7 @@ class Members:
     experts: Mapping[str, TensorSource]
     layers: tuple[Layer, ...]
     head: Head
+    stored: TensorSource | None = None
     foldings: Mapping[str, Folding] = field(default_factory=dict)
 
     @classmethod
@@ -79,6 +106,48 @@ class Members:
             layers=layers_of(network, modelpool),
             head=modelpool.head,
         )
+
+    @classmethod
+    def open(cls, modelpool: BaseModelPool) -> Members:
+        """Open the members of a pool, all of which are files: nothing is read, nor checked.
+
+        Raises:
+            UserError: a member could not be built.
+        """
+        name = modelpool.pretrained_or_first_name
+        network = modelpool.unfilled(name)
+        sources = {n: modelpool.stored(n) for n in (name, *modelpool.model_names)}
+        found = {n: source for n, source in sources.items() if source is not None}
+        if network is None or found.keys() != sources.keys():
+            raise ValueError("only a pool of files can be opened")
+        held = tensors_of(network)
+        stored = ConvertedSource(
+            found[name], {k: t.dtype for k, t in held.items() if k in found[name]}
+        )
+        bare = without_values(network, list(stored))
+        # A network that cannot be traced has to be run once, and so to be built.
+        run = bare if is_traceable(bare) else modelpool.load_pretrained_or_first_model()
+        return cls(
+            network=bare,
+            base=stored if modelpool.has_pretrained else None,
+            experts={n: found[n] for n in modelpool.model_names},
+            layers=layers_of(run, modelpool),
+            head=modelpool.head,
+            stored=stored,
+        )
+
+    def body(self) -> nn.Module:
+        """Return a copy of the network, with its values."""
+        if self.stored is None:
+            return copy.deepcopy(self.network)
+        held = tensors_of(self.network, keep_vars=True)
+        filled: dict[int, tuple[Tensor, Tensor]] = {}
+        for key in self.stored:
+            if id(held[key]) not in filled:
+                tensor = torch.empty_like(held[key], device="cpu", requires_grad=False)
+                tensor.copy_(self.stored[key])
+                filled[id(held[key])] = held[key], tensor
+        return with_tensors(self.network, filled.values())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,13 +184,36 @@ class Members:
 
     def parameters(self, layer: Layer) -> tuple[str, ...]:
         """Return the floating-point tensors of a layer, running statistics of batch norm apart."""
-        statistics = {key for pair in statistics_keys(self.network, layer.norms) for key in pair}
-        state = tensors_of(self.network)
+        state = tensors_of(self.network, keep_vars=True)
+        pairs = statistics_keys(self.network, layer.norms)
+        # A norm that runs twice has them under two names.
+        statistics = {id(state[key]) for pair in pairs for key in pair}
         return tuple(
             key
             for key in layer.tensors
-            if key not in statistics and key in state and state[key].is_floating_point()
+            if key in state and id(state[key]) not in statistics and state[key].is_floating_point()
         )
+
+    def chosen(self, choice: LayerChoice, *, with_head: bool) -> Iterator[Chosen]:
+        """Yield the tensors that are merged, in the order of the forward pass.
+
+        A tensor that stands under several names comes once, under its first.
+
+        Args:
+            choice: which layers, and the experts' shares.
+            with_head: whether the head is merged like any layer.
+        """
+        seen: set[int] = set()
+        state = tensors_of(self.network, keep_vars=True)
+        last = max(len(self.layers) - 1, 1)
+        for position, layer in enumerate(self.layers):
+            if layer.name not in choice:
+                continue
+            for key in self.parameters(layer):
+                if id(state[key]) in seen or (key in self.head and not with_head):
+                    continue
+                seen.add(id(state[key]))
+                yield Chosen(key, layer, position / last, choice.shares[layer.name])
 
     def pieces(
         self,
@@ -135,8 +227,6 @@ class Members:
     ) -> Iterator[Piece]:
         """Yield the tensors that are merged, in the order of the forward pass, one at a time.
 
-        A tensor that stands under several names comes once, under its first.
-
         Args:
             choice: which layers, and the experts' shares.
             with_head: whether the head is merged like any layer.
@@ -145,32 +235,53 @@ class Members:
             statistics: state-dict key → name → statistics of the experts' data.
             plan: what the rule made of the whole network.
         """
-        seen: set[int] = set()
-        state = self.network.state_dict(keep_vars=True)
-        last = max(len(self.layers) - 1, 1)
-        for position, layer in enumerate(self.layers):
-            if layer.name not in choice:
-                continue
-            for key in self.parameters(layer):
-                if id(state[key]) in seen or (key in self.head and not with_head):
-                    continue
-                seen.add(id(state[key]))
-                tensors = [self.experts[name][key] for name in self.names]
-                base = None if self.base is None else self.base[key]
-                dtype = working_dtype([*tensors, *([] if base is None else [base])])
-                yield Piece(
-                    key=key,
-                    layer=layer,
-                    bias=self.bias(layer),
-                    depth=position / last,
-                    base=None if base is None else _plain(base, device, dtype),
-                    experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
-                    names=self.names,
-                    shares=choice.shares[layer.name],
-                    statistics=(statistics or {}).get(key, {}),
-                    plan=plan,
-                    seed=seed_from(seed, "merge"),
-                )
+        for chosen in self.chosen(choice, with_head=with_head):
+            found = (statistics or {}).get(chosen.key, {})
+            yield self.piece(chosen, device=device, seed=seed, statistics=found, plan=plan)
+
+    def piece(
+        self,
+        chosen: Chosen,
+        *,
+        device: torch.device | str,
+        seed: int,
+        statistics: Mapping[str, Tensor] | None = None,
+        plan: object = None,
+        part: tuple[int, int] | None = None,
+    ) -> Piece:
+        """Return a tensor that is merged, as a rule receives it.
+
+        Args:
+            chosen: the tensor.
+            device, seed, plan: see :meth:`pieces`.
+            statistics: name → statistics of the experts' data.
+            part: where the wanted part of the tensor begins and ends, counted in C order; only of
+                members that were opened. A part is flat.
+        """
+        tensors = [_read(self.experts[name], chosen.key, part) for name in self.names]
+        base = None if self.base is None else _read(self.base, chosen.key, part)
+        dtype = working_dtype([*tensors, *([] if base is None else [base])])
+        return Piece(
+            key=chosen.key,
+            layer=chosen.layer,
+            bias=self.bias(chosen.layer),
+            depth=chosen.depth,
+            base=None if base is None else _plain(base, device, dtype),
+            experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
+            names=self.names,
+            shares=chosen.shares,
+            statistics=statistics or {},
+            plan=plan,
+            seed=seed_from(seed, "merge"),
+            start=0 if part is None else part[0],
+        )
+
+
+def _read(source: Mapping[str, Tensor], key: str, part: tuple[int, int] | None) -> Tensor:
+    if part is None:
+        return source[key]
+    assert isinstance(source, TensorSource)
+    return source.read(key, *part)
 
 
 def _plain(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:

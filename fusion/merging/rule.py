@@ -146,7 +146,8 @@ class Piece:
 Pieces = Callable[[], Iterator[Piece]]
 """Calling it walks through the tensors of the network in forward order, one in memory at a time.
 
-They are whole and have the statistics that the rule asks for, but no plan yet.
+They are whole, unless the rule ``prepares_in_parts``, and have the statistics that the rule asks
+for, but no plan yet.
 """
 
 
@@ -177,6 +178,15 @@ class Rule(ABC):
 
         The operands are the base, the experts and statistics of their shape; ``plan`` may say
         anything. Long tensors are then merged in parts, each with its ``start``.
+        """
+        return False
+
+    @property
+    def prepares_in_parts(self) -> bool:
+        """Whether :meth:`prepare`, too, may be given long tensors in parts.
+
+        A merge from file to file then needs memory for parts only. What :meth:`prepare` returns
+        must not depend on the parts, not even by rounding.
         """
         return False
 

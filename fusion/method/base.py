@@ -31,6 +31,19 @@ class Timing:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class ResultFile:
+    """Where an algorithm may write its result while it makes it.
+
+    Attributes:
+        path: the safetensors file.
+        metadata: strings to keep in it, beside what says how to build the network.
+    """
+
+    path: Path
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Record:
     """What one run of an algorithm says beside its result.
@@ -40,12 +53,15 @@ class Record:
         controls: networks that are measured beside the result: name → what makes the network.
         labels: name of a control → the classes of its outputs, where they are not the result's.
         timings: time spent under each name given to :meth:`BaseAlgorithm.profile`.
+        written: the file that holds the result, if the algorithm wrote it; as
+            :meth:`BaseModelPool.save_model` would have.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, Callable[[], nn.Module]] = field(default_factory=dict)
     labels: dict[str, LabelSpace | None] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
+    written: Path | None = None
 
 
 class BaseAlgorithm(ABC):
@@ -60,10 +76,14 @@ class BaseAlgorithm(ABC):
     Attributes:
         output_path: the folder for the tables and figures that the algorithm writes; ``None``
             writes nothing (from the command line it is the run folder).
+        result_file: the file in which the result is wanted. An algorithm may write it itself, and
+            note that in its record; else whoever asked for it does (from the command line it is the
+            run's).
         progress: whether to show progress bars; ``None`` shows them where there is a terminal.
     """
 
     output_path: Path | None = None
+    result_file: ResultFile | None = None
     progress: bool | None = None
     _fabric: Fabric | None = None
     _running: bool = False

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fusion.errors import UserError
+from fusion.files import MODEL
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
 from fusion.merging.alignment import AlignBy, AlignmentStage
@@ -19,9 +23,11 @@ from fusion.merging.members import LayerChoice, Members, every_layer
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.sequential import merge_in_stages
 from fusion.merging.statistics import Statistics, check_statistics, gather
+from fusion.merging.stored_network import write_network
+from fusion.merging.streamable import STREAMED_FROM, obstacles_to_streaming, stored_bytes
 from fusion.merging.tensors import merge_parameters, separate_parameters
 from fusion.method.alignment_report import write_alignment
-from fusion.method.base import BaseAlgorithm
+from fusion.method.base import BaseAlgorithm, ResultFile
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
 from fusion.models import MultiTaskNetwork
@@ -78,6 +84,14 @@ class Merge(BaseAlgorithm):
             that a sweep measures once; by default they stay in memory.
         example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
             training image, or else a guess from the first convolution.
+        streamed: whether the result is merged from file to file, with memory for a few tensors, or
+            parts of them, at a time, and returned mapped from its file. The result is the same, bit
+            for bit. That takes members that are files, a rule that looks at no images, no
+            alignment, and a ``batch_norm`` of ``pretrained``, ``merge`` or ``interpolate``.
+            ``auto`` does so for members of 256 MiB or more in all, where there is a file for the
+            result: the run's, or ``merged.safetensors`` in ``output_path``. ``True`` always does,
+            without such a file into a temporary one (in ``TMPDIR``) that is gone when the network
+            is; what cannot be streamed is an error then.
         plot: whether to draw the figures.
         seed: of everything random: masks, the order of the alignment, the sample of images.
 
@@ -104,11 +118,13 @@ class Merge(BaseAlgorithm):
         statistics_images: Count = 500,
         cache_dir: FilePath | None = None,
         example_input: ImageShape | None = None,
+        streamed: bool | Literal["auto"] = "auto",
         plot: bool = True,
         seed: Seed = 0,
     ) -> None:
         self.rule = rule
         self.weights = weights
+        self.streamed = streamed
         self.head = head
         self.batch_norm = batch_norm
         self.calibration = bn.Calibration(calibration_images, batch_size, seed)
@@ -177,7 +193,7 @@ class Merge(BaseAlgorithm):
                 f"{', '.join(modelpool.all_model_names) or 'nothing'}); add at least one"
             )
         self._check_needs(modelpool)
-        modelpool.preflight()
+        modelpool.preflight(values=False)
         for name in modelpool.model_names:
             require_mergeable(name, modelpool.architecture(name))
         self.shares(modelpool.model_names)
@@ -193,11 +209,14 @@ class Merge(BaseAlgorithm):
                     f"{error}; or merge without alignment: {self.without_alignment}"
                 ) from error
         self._treatment(modelpool, model)
+        if not self._streams(modelpool):
+            modelpool.preflight()
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the merged network; nothing in the pool is changed."""
+        streams = self._streams(modelpool)
         with self.profile("load members"):
-            members = Members.read(modelpool)
+            members = Members.open(modelpool) if streams else Members.read(modelpool)
         plan = plan_heads(modelpool, self.head)
         if plan.assumed and self.head == "auto":
             log.info(
@@ -223,7 +242,7 @@ class Merge(BaseAlgorithm):
             self.calibration,
             self.shares(members.names),
         )
-        result = self.merged(assembly)
+        result = self._merged_to_file(assembly) if streams else self.merged(assembly)
         self._selected = [layer.name for layer in members.layers if layer.name in choice]
         self._labels = None if isinstance(result, MultiTaskNetwork) else plan.labels
         self.add_controls(assembly, unaligned)
@@ -295,6 +314,25 @@ class Merge(BaseAlgorithm):
                 cache_dir=self.cache_dir,
             )
 
+    def _merged_to_file(self, assembly: Assembly) -> nn.Module:
+        """Merge into the result's file, and return the network in it."""
+        wanted = self._result_file()
+        with ExitStack() as stack, self.profile("merge layers"):
+            if wanted is None:  # the mapping outlives the name of the file
+                folder = TemporaryDirectory(prefix="fusion-", ignore_cleanup_errors=True)
+                wanted = ResultFile(Path(stack.enter_context(folder)) / MODEL)
+            else:
+                self.record.written = wanted.path
+            log.info("Merging from file to file, into %s", wanted.path)
+            return write_network(
+                assembly,
+                self.rule,
+                wanted.path,
+                metadata=wanted.metadata,
+                device=exact_device(self.fabric.device),
+                seed=self.seed,
+            )
+
     @property
     def selected_layers(self) -> list[str]:
         """The names of the merged layers, in the order of the forward pass."""
@@ -329,6 +367,39 @@ class Merge(BaseAlgorithm):
         return bn.chosen_treatment(
             self.batch_norm, modelpool, model, without_images=self.without_images
         )
+
+    def _result_file(self) -> ResultFile | None:
+        if self.result_file is not None or self.output_path is None:
+            return self.result_file
+        return ResultFile(self.output_path / MODEL)
+
+    def _streams(self, modelpool: BaseModelPool) -> bool:
+        """Return whether the result is merged from file to file.
+
+        Raises:
+            UserError: it has to be, and cannot.
+        """
+        if self.streamed is False or (self.streamed == "auto" and self._result_file() is None):
+            return False
+        obstacles = []
+        if type(self).merged is not Merge.merged:
+            obstacles.append(f"{type(self).__name__} makes the network in its own way")
+        if self.alignment is not None:
+            by = self.alignment.by
+            obstacles.append(f"align={by} needs whole networks in memory (choose align=null)")
+        if self._fabric is not None and self._fabric.world_size > 1:
+            obstacles.append(f"{self._fabric.world_size} processes share the run (use one)")
+        model = modelpool.architecture(modelpool.pretrained_or_first_name)
+        treatment = self._treatment(modelpool, model)
+        obstacles += obstacles_to_streaming(modelpool, self.rule, treatment)
+        if self.streamed == "auto":
+            return not obstacles and stored_bytes(modelpool) >= STREAMED_FROM
+        if obstacles:
+            raise UserError(
+                f"streamed=true merges from file to file, but {'; '.join(obstacles)}; or choose "
+                f"streamed=auto"
+            )
+        return True
 
     def _check_needs(self, modelpool: BaseModelPool) -> None:
         """Check that the pool has what the rule cannot do without.
@@ -378,4 +449,5 @@ class Merge(BaseAlgorithm):
             head_tensors=[] if plan.head_is_a_layer else list(members.head.tensors),
             tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
             batch_norm=assembly.treatment,
+            streamed=assembly.members.stored is not None,
         )

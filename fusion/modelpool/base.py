@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice, suggestion
 from fusion.labels import LabelSpace
 from fusion.modelpool.member import Entry, Member, ModuleMember, as_member
-from fusion.modelpool.network_file import save_network
+from fusion.modelpool.network_file import network_metadata, save_network
 from fusion.modelpool.preflight import check_alike, check_entries, check_finite, raise_all
 from fusion.modelpool.soundness import require_sound, unwrapped
 from fusion.models import Head, find_head
@@ -221,11 +221,24 @@ class BaseModelPool:
             labels: the classes of its outputs.
             metadata: further strings to keep.
         """
+        save_network(path, model, labels=labels, metadata=metadata, **self._written())
+
+    def file_metadata(
+        self,
+        model: nn.Module,
+        *,
+        labels: LabelSpace | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
+        """Return the strings that :meth:`save_model` would keep in the file of a network."""
+        return network_metadata(model, labels=labels, metadata=metadata, **self._written())
+
+    def _written(self) -> dict[str, Any]:
+        """Return what the file of a network made from this pool says of the architecture."""
         spec = None
         if self:
             spec = self.entry(self.pretrained_or_first_name).member.architecture_spec
-        head = self.head.tensors if spec is not None else ()
-        save_network(path, model, architecture=spec, head=head, labels=labels, metadata=metadata)
+        return {"architecture": spec, "head": () if spec is None else self.head.tensors}
 
     def tensors(self, name: str) -> TensorSource:
         """Return a member's weights tensor by tensor, without building it where possible.
@@ -240,6 +253,22 @@ class BaseModelPool:
     def architecture(self, name: str) -> nn.Module:
         """Return a member's structure on the meta device, without weights."""
         return self.entry(name).architecture()
+
+    def stored(self, name: str) -> TensorSource | None:
+        """Return a member's weights where they can be read without building it; unchecked."""
+        return self.entry(name).stored()
+
+    def unfilled(self, name: str) -> nn.Module | None:
+        """Return a member's network without the values that :meth:`stored` has, if there is one.
+
+        Raises:
+            UserError: it could not be a member's network.
+        """
+        model = self.entry(name).unfilled()
+        if model is None or unwrapped(model) is not model:
+            return None
+        require_sound(name, model, filled=False)
+        return model
 
     # -- heads, classes, tasks -----------------------------------------------------------------
 
@@ -359,7 +388,7 @@ class BaseModelPool:
 
     # -- checks --------------------------------------------------------------------------------
 
-    def preflight(self) -> None:
+    def preflight(self, *, values: bool = True) -> None:
         """Check, before any work, that the members can be merged.
 
         Names, files, architectures, keys, shapes and kinds of dtype against the base (the first
@@ -367,23 +396,36 @@ class BaseModelPool:
         that they are finite. Heads may differ in shape. The answer is remembered until a model is
         added.
 
+        Args:
+            values: whether to read all weights; else whoever merges them sees to it that they are
+                finite, and says so by :meth:`note_finite`.
+
         Raises:
             UserError: names every offending model and tensor.
         """
-        if self._checked:
-            return
         reference = self.pretrained_or_first_name
-        entries = {name: self.entry(name) for name in self.all_model_names}
-        alone = {name: check_entries({name: entry}) for name, entry in entries.items()}
-        lines = [line for found in alone.values() for line in found]
-        whole = [n for n in dict.fromkeys((reference, *self.model_names)) if not alone[n]]
-        if not alone[reference]:
-            lines += check_alike(entries, reference, whole, self.head)
-        stored = {name: entries[name].stored() for name in whole}
-        lines += check_finite({n: source for n, source in stored.items() if source is not None})
+        names = list(dict.fromkeys((reference, *self.model_names)))
+        lines: list[str] = []
+        whole = names
+        if not self._checked:
+            entries = {name: self.entry(name) for name in self.all_model_names}
+            alone = {name: check_entries({name: entry}) for name, entry in entries.items()}
+            lines = [line for found in alone.values() for line in found]
+            whole = [name for name in names if not alone[name]]
+            if not alone[reference]:
+                lines += check_alike(entries, reference, whole, self.head)
+        if values:
+            stored = {name: self.stored(name) for name in whole if name not in self._finite}
+            found = {name: source for name, source in stored.items() if source is not None}
+            lines += check_finite(found)
         raise_all(lines)
-        self._finite |= {name for name, source in stored.items() if source is not None}
         self._checked = True
+        if values:
+            self.note_finite(found)
+
+    def note_finite(self, names: Iterable[str]) -> None:
+        """Remember that all stored weights of some members were read and are finite."""
+        self._finite.update(names)
 
     def _resolved(self, name: str, children: tuple[str, ...]) -> Entry:
         if name not in self._members:

@@ -22,6 +22,7 @@ from fusion.modelpool.member import (
     Member,
     WithoutRandomValues,
     build_architecture,
+    build_unfilled,
     on_meta,
 )
 from fusion.modelpool.opening import (
@@ -154,6 +155,11 @@ class Checkpoint(Member):
             self.architecture()  # whether they fit
             return SafetensorsSource(self.path)
         return self._opened(self._expected)
+
+    def unfilled(self, entry: Entry | None = None) -> nn.Module | None:
+        """Return the architecture without values; ``None`` for a file with several heads."""
+        del entry
+        return None if self._tasks is not None else self._made(build_unfilled)
 
     def check(self, entry: Entry) -> list[str]:
         """Return whether the file is there, readable, and fits the architecture."""

@@ -21,7 +21,7 @@ from fusion.modelpool.fingerprint import digest_tensors
 from fusion.modelpool.soundness import deep_copy, require_sound, unwrapped
 from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate, refusal
-from fusion.weights import ModuleSource, TensorSource
+from fusion.weights import ModuleSource, TensorSource, tensors_of
 
 # What fills a tensor with random numbers. Those of torch.nn.init that are not here come down to one
 # of the tensor's own methods.
@@ -68,6 +68,15 @@ class Member(ABC):
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the weights where they can be read without building the network, else None."""
+        del entry
+        return None
+
+    def unfilled(self, entry: Entry | None = None) -> nn.Module | None:
+        """Return the network without the values that :meth:`stored` has; a new object.
+
+        They take no memory: they are on the meta device, or were never written to. ``None`` where
+        the member has no such network.
+        """
         del entry
         return None
 
@@ -119,6 +128,10 @@ class Entry:
     def stored(self) -> TensorSource | None:
         """Return the weights where they can be read without building the network, else None."""
         return self.member.stored(self)
+
+    def unfilled(self) -> nn.Module | None:
+        """Return the network without the values that :meth:`stored` has, if there is one."""
+        return self.member.unfilled(self)
 
     def tensors(self) -> TensorSource:
         """Return the weights, tensor by tensor, building the network only where that is needed."""
@@ -230,6 +243,17 @@ def build_architecture(architecture: Architecture) -> nn.Module:
         what = architecture["_target_"] if isinstance(architecture, Mapping) else architecture
         raise UserError(f"{what} returned a {type(made).__name__}; expected a torch.nn.Module")
     return made
+
+
+def build_unfilled(architecture: Architecture) -> nn.Module:
+    """Make a network for weights that are to come; those that it begins with take no memory.
+
+    What is no part of the state dict, such as a table of constants, has its values.
+    """
+    if isinstance(architecture, nn.Module):
+        return without_values(architecture, tensors_of(architecture))
+    with WithoutRandomValues():
+        return build_architecture(architecture)
 
 
 def on_meta(architecture: Architecture) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,31 @@ from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import canonical
 from fusion.models import MultiTaskNetwork
-from fusion.weights import save_safetensors, tensors_of
+from fusion.weights import is_finite, save_safetensors, tensors_of
 
 ARCHITECTURE = "architecture"  # metadata: mapping with _target_, as JSON
 HEAD = "head"  # metadata: state-dict keys whose shape may differ from the architecture's, as JSON
 LABELS = "labels"  # metadata: the classes of the outputs
 TASKS = "tasks"  # metadata: task -> its classes or null, as JSON; only of several tasks
 OWN = "tasks"  # first part of the key of a tensor that belongs to one task
+
+
+@dataclass(frozen=True, eq=False)
+class FileTensor:
+    """A tensor of a network, and the name that it has in a file.
+
+    Attributes:
+        name: in the file.
+        key: state-dict key within the network, or within that of its task.
+        task: the task that it belongs to alone; of what all tasks share the first one, and of a
+            network without tasks ``None``.
+        tensor: the parameter or buffer itself: tied ones are one object.
+    """
+
+    name: str
+    key: str
+    task: str | None
+    tensor: Tensor
 
 
 def save_network(
@@ -40,13 +59,37 @@ def save_network(
     Args:
         path: the file.
         model: the network.
+        architecture, head, labels, metadata: see :func:`network_metadata`.
+
+    Raises:
+        UserError: a tensor has entries that are NaN or infinite.
+    """
+    notes = network_metadata(
+        model, architecture=architecture, head=head, labels=labels, metadata=metadata
+    )
+    tensors = {entry.name: entry.tensor for entry in file_tensors(model)}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise not_finite(name, path)
+    save_safetensors(path, tensors, notes)
+
+
+def network_metadata(
+    model: nn.Module,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    head: tuple[str, ...] = (),
+    labels: LabelSpace | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the strings that a network's file keeps beside its tensors.
+
+    Args:
+        model: the network; its values do not matter.
         architecture: the mapping with ``_target_`` that builds it, where one is known.
         head: state-dict keys whose shape may differ from the architecture's.
         labels: the classes of its outputs; a `MultiTaskNetwork` knows its own.
         metadata: further strings to keep.
-
-    Raises:
-        UserError: a tensor has entries that are NaN or infinite.
     """
     notes = dict(metadata or {})
     if architecture is not None:
@@ -58,24 +101,26 @@ def save_network(
         notes[TASKS] = json.dumps(spaces)
     elif labels is not None:
         notes[LABELS] = labels.to_json()
-    tensors = file_tensors(model)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"'{key}' has entries that are NaN or infinite, so '{path}' was not written; "
-                f"lower the scale or the learning rate"
-            )
-    save_safetensors(path, tensors, notes)
+    return notes
 
 
-def file_tensors(model: nn.Module) -> dict[str, Tensor]:
+def file_tensors(model: nn.Module) -> list[FileTensor]:
     """Return the tensors of a network under the names that they have in a file."""
     if not isinstance(model, MultiTaskNetwork):
-        return tensors_of(model)
+        held = tensors_of(model, keep_vars=True)
+        return [FileTensor(key, key, None, tensor) for key, tensor in held.items()]
     own = set(model.own_keys())
-    states = {task: tensors_of(model.for_task(task)) for task in model.tasks}
-    first = next(iter(states.values()))
-    tensors = {key: tensor for key, tensor in first.items() if key not in own}
+    states = {task: tensors_of(model.for_task(task), keep_vars=True) for task in model.tasks}
+    first, shared = next(iter(states.items()))
+    tensors = [FileTensor(key, key, first, shared[key]) for key in shared if key not in own]
     for task, state in states.items():
-        tensors |= {f"{OWN}.{task}.{key}": state[key] for key in state if key in own}
+        tensors += [FileTensor(f"{OWN}.{task}.{k}", k, task, state[k]) for k in state if k in own]
     return tensors
+
+
+def not_finite(name: str, path: str | Path) -> UserError:
+    """Return the error for a tensor that is not written, since it is not finite."""
+    return UserError(
+        f"'{name}' has entries that are NaN or infinite, so '{path}' was not written; "
+        f"lower the scale or the learning rate"
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusion.errors import UserError
 from fusion.modelpool.member import Entry
 from fusion.models import Head, MultiTaskNetwork
-from fusion.weights import TensorSource, tensors_of
+from fusion.weights import TensorSource, is_finite, tensors_of
 
 _FINITE = "weights must be finite; leave the model out or repair it"
 _SHOWN = 3  # tensors named in an error before the rest is counted
@@ -94,8 +94,7 @@ def _not_finite(tensors: Mapping[str, Tensor] | TensorSource) -> list[str]:
     lines = []
     for key in tensors:
         tensor = tensors[key]
-        inexact = tensor.is_floating_point() or tensor.is_complex()
-        if inexact and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             lines.append(f"{key} has {bad} of {tensor.numel()} entries that are NaN or infinite")
     return [_some(lines)] if lines else []

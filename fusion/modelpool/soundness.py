@@ -32,12 +32,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def require_sound(name: str, module: nn.Module) -> None:
+def require_sound(name: str, module: nn.Module, *, filled: bool = True) -> None:
     """Check that a network has plain values that can be copied, compared and saved.
 
     Args:
         name: what to call the network in the error.
         module: the network.
+        filled: whether it has its values; else they are to come, and it may be on the meta device.
 
     Raises:
         UserError: says what is in the way and the cure.
@@ -48,7 +49,7 @@ def require_sound(name: str, module: nn.Module) -> None:
             f"that it was made from"
         )
     for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if (why := _odd_tensor(tensor)) is not None:
+        if (why := _odd_tensor(tensor, filled)) is not None:
             raise UserError(f"model '{name}': '{key}' {why}")
     for path, part in module.named_modules():
         for hook in part._forward_pre_hooks.values():
@@ -106,10 +107,10 @@ def deep_copy(name: str, module: nn.Module, *, values: bool = True) -> nn.Module
         ) from error
 
 
-def _odd_tensor(tensor: Tensor) -> str | None:
+def _odd_tensor(tensor: Tensor, filled: bool) -> str | None:
     if is_lazy(tensor):
         return "has no shape yet; run the network once on an image"
-    if tensor.is_meta:
+    if tensor.is_meta and filled:
         return "lies on the meta device and has no values; load its weights first"
     if tensor.layout != torch.strided:
         return f"is stored as {tensor.layout}; make it dense: tensor.to_dense()"

@@ -25,6 +25,7 @@ from fusion.modelpool.member import (
     Member,
     WithoutRandomValues,
     build_architecture,
+    build_unfilled,
     on_meta,
 )
 from fusion.options import (
@@ -174,6 +175,12 @@ class TrainedModel(Member):
         """Return the kept weights, or None while it is not trained."""
         kept = self._kept(self._placed(entry))
         return None if kept is None else SafetensorsSource(kept)
+
+    def unfilled(self, entry: Entry | None = None) -> nn.Module | None:
+        """Return the architecture without values."""
+        del entry
+        assert self.architecture_spec is not None
+        return build_unfilled(self.architecture_spec)
 
     def tensors(self, entry: Entry | None = None) -> TensorSource:
         """Return the trained weights, training the network now if nobody has yet."""

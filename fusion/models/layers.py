@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError
 from fusion.models import forward_pass
 from fusion.models.layer import Layer, Ledger
+from fusion.weights import tensors_of
 
 __all__ = ["Layer", "find_layers"]
 
@@ -56,12 +58,33 @@ def find_layers(
     return ledger.close()
 
 
-def without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device, ties included; its values are never copied."""
+def without_values(model: nn.Module, keys: Collection[str] | None = None) -> nn.Module:
+    """Return a copy of a model on the meta device, ties included; its values are never copied.
+
+    Args:
+        model: the model.
+        keys: state-dict keys of the tensors that lose their values; by default everything does,
+            buffers that are not part of the state dict included.
+    """
+    if keys is None:
+        tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    else:
+        held = tensors_of(model, keep_vars=True)
+        tensors = [held[key] for key in keys]
+    return with_tensors(model, [(old, torch.empty_like(old, device="meta")) for old in tensors])
+
+
+def with_tensors(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Return a copy of a model with other tensors in the place of some, wherever these stand.
+
+    Args:
+        model: the model; everything else in it is copied.
+        replaced: parameters or buffers of the model, and what takes their place: the tensor itself,
+            not a copy. A parameter stays a parameter.
+    """
     memo: dict[int, object] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
+    for old, new in replaced:
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        memo[id(old)] = new
     return copy.deepcopy(model, memo)

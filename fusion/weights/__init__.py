@@ -3,6 +3,7 @@
 Everything here is plain torch: it knows no models, no pools and no configuration.
 """
 
+from fusion.weights.finite import is_finite
 from fusion.weights.linear import lerp, weighted_mean
 from fusion.weights.operands import normalised_weights
 from fusion.weights.pickled_file import load_pickled, require_dense, state_dicts
@@ -10,10 +11,13 @@ from fusion.weights.precision import exact_device, image_dtype, widened, working
 from fusion.weights.safetensors_file import (
     SafetensorsSource,
     load_safetensors,
+    map_safetensors,
     read_metadata,
     save_safetensors,
 )
+from fusion.weights.safetensors_writer import SafetensorsWriter, writing_safetensors
 from fusion.weights.source import (
+    ConvertedSource,
     ModuleSource,
     RenamedSource,
     StateDictSource,
@@ -38,19 +42,23 @@ from fusion.weights.state_dict import (
 from fusion.weights.ties_merging import ties, trim
 
 __all__ = [
+    "ConvertedSource",
     "ModuleSource",
     "RenamedSource",
     "SafetensorsSource",
+    "SafetensorsWriter",
     "StateDict",
     "StateDictSource",
     "TensorInfo",
     "TensorSource",
     "exact_device",
     "image_dtype",
+    "is_finite",
     "lerp",
     "load_pickled",
     "load_safetensors",
     "load_tensors",
+    "map_safetensors",
     "normalised_weights",
     "read_metadata",
     "require_dense",
@@ -73,4 +81,5 @@ __all__ = [
     "weighted_mean",
     "widened",
     "working_dtype",
+    "writing_safetensors",
 ]

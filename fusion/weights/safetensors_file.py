@@ -14,15 +14,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fusion.errors import UserError
 from fusion.files import atomic_path
-from fusion.weights.safetensors_header import damaged, read_header, sort_metadata
+from fusion.weights.safetensors_header import (
+    TIED,
+    checked_notes,
+    damaged,
+    read_header,
+    sort_metadata,
+)
 from fusion.weights.source import TensorInfo, TensorSource
-
-TIED = "fusion.tied"  # metadata key: JSON object, name -> the name under which the tensor is kept
 
 
 class SafetensorsSource(TensorSource):
@@ -89,12 +93,7 @@ def save_safetensors(
     Raises:
         UserError: a metadata value is not a string, or has the reserved key ``TIED``.
     """
-    notes = dict(metadata or {})
-    for key, value in notes.items():
-        if key == TIED or not isinstance(value, str):
-            raise UserError(
-                f"metadata '{key}' of {path}: keep strings, under any key but the reserved '{TIED}'"
-            )
+    notes = checked_notes(path, metadata)
     tensors = dict(tensors)  # a lazy mapping is read once; every tensor keeps an address of its own
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -142,6 +141,20 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         UserError: there is no such file, or it is not a whole safetensors file.
     """
     return SafetensorsSource(path).metadata
+
+
+def map_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of ``path`` mapped into memory; tied names share one tensor.
+
+    A page of the file is read when it is first used, and copied when it is first written to: the
+    file never changes. It may be renamed or unlinked meanwhile, but must not be overwritten.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole safetensors file.
+    """
+    tied = SafetensorsSource(path).tied
+    tensors = load_file(path)
+    return tensors | {name: tensors[kept] for name, kept in tied.items()}
 
 
 def _tied_names(path: Path, text: str, stored: Mapping[str, object]) -> dict[str, str]:

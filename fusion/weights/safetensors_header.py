@@ -17,12 +17,14 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from fusion.errors import UserError, first_line, shown
 from fusion.weights.file_kinds import recognise
 from fusion.weights.source import TensorInfo
 
 METADATA = "__metadata__"
+TIED = "fusion.tied"  # metadata key: JSON object, name -> the name under which the tensor is kept
 LENGTH_BYTES = 8
 _INT64 = 2**63  # sizes of torch are signed
 
@@ -114,12 +116,65 @@ def sort_metadata(path: Path) -> None:
         metadata = header.pop(METADATA, None)
         if metadata is None:
             return
-        ordered = {METADATA: dict(sorted(metadata.items())), **header}
-        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        text = _header_bytes(metadata, header)
         if len(text) > length:
             raise RuntimeError(f"the sorted header of {path} is longer than the one it replaces")
         file.seek(LENGTH_BYTES)
         file.write(text.ljust(length))  # the format fills a header up with spaces
+
+
+def make_header(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return what a file begins with, and name → position in the file of its first byte.
+
+    It is what the library writes for these tensors, the metadata ordered by key.
+
+    Args:
+        infos: shape and dtype of the tensors.
+        metadata: strings to keep with them.
+    """
+    # The library decides the order; it is asked by empty tensors of these names and dtypes.
+    empty = {name: torch.empty(0, dtype=info.dtype) for name, info in infos.items()}
+    written = save(empty)
+    names = json.loads(written[LENGTH_BYTES:])
+    kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+    entries: dict[str, Any] = {}
+    offset = 0
+    for name in names:
+        info = infos[name]
+        entries[name] = {
+            "dtype": kinds[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = _header_bytes(metadata, entries)
+    text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)  # the data are aligned
+    first = LENGTH_BYTES + len(text)
+    starts = {name: first + entry["data_offsets"][0] for name, entry in entries.items()}
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, starts
+
+
+def checked_notes(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return a copy of what a caller wants to be kept as metadata.
+
+    Raises:
+        UserError: a value is not a string, or has the reserved key ``TIED``.
+    """
+    notes = dict(metadata or {})
+    for key, value in notes.items():
+        if key == TIED or not isinstance(value, str):
+            raise UserError(
+                f"metadata '{key}' of {path}: keep strings, under any key but the reserved '{TIED}'"
+            )
+    return notes
+
+
+def _header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    """Return the JSON of a header, the metadata ordered by key."""
+    content = {METADATA: dict(sorted(metadata.items())), **entries}
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def damaged(path: Path, what: str) -> UserError:

@@ -106,15 +106,21 @@ class StateDictSource(TensorSource):
         return len(self._tensors)
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by their state-dict keys.
 
     What else a state dict may hold (extra state of any kind, packed weights of quantised layers)
     has no mean and no norm: it stays with the module that it belongs to.
+
+    Args:
+        module: the module.
+        keep_vars: return the parameters themselves, by which tied ones are known, rather than
+            tensors that share their values.
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     named |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
-    return {key: tensor for key, tensor in module.state_dict().items() if key in named}
+    state = module.state_dict(keep_vars=keep_vars)
+    return {key: tensor for key, tensor in state.items() if key in named}
 
 
 @torch.no_grad()
@@ -165,3 +171,30 @@ class RenamedSource(TensorSource):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class ConvertedSource(TensorSource):
+    """The tensors of another source in other dtypes.
+
+    Args:
+        source: where the tensors lie.
+        dtypes: name → the dtype that it has here; its names are those of this source.
+    """
+
+    def __init__(self, source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._source = source
+        self._dtypes = dict(dtypes)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype of the tensor ``name``."""
+        return TensorInfo(self._source.info(name).shape, self._dtypes[name])
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a part of the tensor ``name`` as a vector in C order."""
+        return self._source.read(name, start, stop).to(self._dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dtypes)
+
+    def __len__(self) -> int:
+        return len(self._dtypes)

@@ -8,10 +8,7 @@ core.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from fusion.weights.precision import working_dtype
 from fusion.weights.source import TensorSource
+from fusion.weights.threads import threads_over_blocks
 
 READ = 1 << 18  # elements that are read at a time: a megabyte of float32, cheap to ask for
 SLICE = 1 << 14  # elements that a core works on at a time: eight experts of it stay in its cache
@@ -125,7 +123,7 @@ def sum_task_vectors(
         rows = _rows([base, *experts], names[index], start, chosen, on_read)
         return _sum_block([row.to(device, non_blocking=True) for row in rows])
 
-    with _threads(device) as each:
+    with threads_over_blocks(device) as each:
         for (index, _), part in zip(blocks, each(measure, blocks), strict=True):
             for field in fields(sums):
                 getattr(sums, field.name)[index] += getattr(part, field.name)[0]
@@ -214,28 +212,3 @@ def _sum_block(rows: Sequence[Tensor]) -> TaskVectorSums:
         base_norm.square(),
     )
     return TaskVectorSums(*(value.cpu()[None] for value in sums))
-
-
-@contextmanager
-def _threads(device: torch.device) -> Iterator[Callable[..., Iterable[TaskVectorSums]]]:
-    """Yield an ordered ``map`` that uses every core on the CPU, and one thread elsewhere.
-
-    A thread for each block beats torch's own threads inside of each operation: the operations are
-    as small as the cache, and reading overlaps with computing. Meanwhile torch's own are one.
-    """
-    if device.type != "cpu":
-        yield map
-        return
-    inside = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
-    finally:
-        torch.set_num_threads(inside)
-
-
-def _cores() -> int:
-    """Return how many logical cores this process may use: reading gains from all of them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fusion.weights import ModuleSource, SafetensorsSource, save_safetensors, task_vectors
+from fusion.weights import ModuleSource, SafetensorsSource, save_safetensors
 from fusion.weights.task_vectors import READ, SLICE, sample_task_vectors, sum_task_vectors
 
 
@@ -124,7 +124,7 @@ def test_the_number_of_threads_changes_nothing_and_torchs_own_come_back(pool, mo
     results = []
     try:
         for number in (1, 2, 3):
-            monkeypatch.setattr(task_vectors, "_cores", lambda number=number: number)
+            monkeypatch.setattr("fusion.weights.threads.cores", lambda number=number: number)
             torch.set_num_threads(number)
             results.append(sum_task_vectors(base, experts, names))
             assert torch.get_num_threads() == number

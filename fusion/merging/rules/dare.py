@@ -49,12 +49,18 @@ class Dare(WrappingRule):
 
         >>> import torch
         >>> from fusion.merging.rule import merge_tensor
+        >>> from fusion.merging.rules import TaskArithmetic
         >>> base, expert = torch.zeros(8), torch.ones(8)
         >>> merge_tensor(Dare(rule=TaskArithmetic(scale=1.0), density=0.5), [expert], base, seed=3)
         tensor([2., 2., 2., 2., 0., 0., 2., 0.])
     """
 
     density: Fraction = 0.1
+
+    @property
+    def prepares_in_parts(self) -> bool:
+        """Whether the inner rule does: the masks do not depend on the parts."""
+        return self.rule.prepares_in_parts
 
     def prepare(self, pieces: Pieces) -> Any:
         """Return the plan of the inner rule."""

@@ -75,6 +75,11 @@ class Ties(Rule):
         """Whether tensors may be merged in parts: once the thresholds of the network are known."""
         return self.scope == "network"
 
+    @property
+    def prepares_in_parts(self) -> bool:
+        """Always: magnitudes are counted, entry by entry."""
+        return True
+
     def prepare(self, pieces: Pieces) -> tuple[float, ...] | None:
         """Return each expert's smallest magnitude that is kept; ``None`` with scope "tensor"."""
         if self.scope == "tensor":

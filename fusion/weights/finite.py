@@ -1,0 +1,24 @@
+"""Whether a tensor is finite, at the speed at which it is read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fusion.weights.precision import working_dtype
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite; integers never are.
+
+    The smallest and the largest entry say it. ``isfinite`` writes a tensor of truth values, and
+    takes several times as long.
+    """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.detach().to(working_dtype([tensor]))
+    return all(math.isfinite(extreme) for extreme in map(float, torch.aminmax(wide)))
