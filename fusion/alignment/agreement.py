@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fusion.alignment.matching import Matching
-from fusion.alignment.operations import CONVOLUTIONS, TRANSPOSED
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, first_line
 from fusion.weights import image_dtype, working_dtype
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
 
 
@@ -44,8 +45,9 @@ def by_weights(
         if key in ours and key in theirs and ours[key].shape == theirs[key].shape
     ]
     dtype = working_dtype([*ours.values(), *theirs.values()])
-    a = {key: _of_unit_scale(ours[key], dtype, device) for key in keys}
-    b = {key: _of_unit_scale(theirs[key], dtype, device) for key in keys}
+    view = {key: spec.by_tensor[key][0][1].view or ours[key].shape for key in keys}
+    a = {key: _of_unit_scale(ours[key], dtype, device).reshape(view[key]) for key in keys}
+    b = {key: _of_unit_scale(theirs[key], dtype, device).reshape(view[key]) for key in keys}
     # A tensor of zeros agrees with nothing.
     count = {key: a[key].numel() if a[key].any() and b[key].any() else 0 for key in keys}
     total = sum(count.values())
@@ -213,10 +215,12 @@ def _outputs(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Return for each weight its module and the channel axis of the module's output."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
-            found[f"{name}.weight"] = (name, 1 - module.weight.ndim)
-        elif isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = (name, -1)
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+            axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.ndim
+            for key, tensor in module.state_dict().items():
+                # Under a parametrization (weight norm), the tensor that it starts from.
+                if "weight" in key and tensor.shape == module.weight.shape:
+                    found[f"{name}.{key}" if name else key] = (name, axis)
     return found
 
 

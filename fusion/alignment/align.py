@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fusion.alignment.agreement import by_activations, by_weights
+from fusion.alignment.copies import copied
 from fusion.alignment.permutation import apply_permutation
 from fusion.alignment.spec import PermutationSpec
-from fusion.alignment.symmetries import permutation_spec, require_eval_mode
+from fusion.alignment.symmetries import on_cpu, permutation_spec, require_eval_mode
 from fusion.errors import UserError
 from fusion.weights import exact_device
 
@@ -125,18 +125,19 @@ def align(
         spec = permutation_spec(model, example_input)
     _require_one_architecture(model, reference, spec)
 
-    where = exact_device(device if device is not None else next(model.parameters()).device)
+    own = next(model.parameters(), torch.empty(0)).device
+    where = exact_device(device if device is not None else own)
     if by == "weights":
         matching = by_weights(
             spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where
         )
     else:
         assert data is not None
-        copies = copy.deepcopy(model), copy.deepcopy(reference)
+        copies = copied(model), copied(reference)
         matching = by_activations(
             spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
         )
-    with torch.device("cpu"):  # permutations live there, whatever the default device
+    with on_cpu():  # permutations live there, whatever the default device
         found, before = matching.solve()
         rows = []
         for group in spec.groups:
@@ -258,7 +259,10 @@ def _require_one_architecture(
                 f"the spec names the tensor '{key}', which {type(model).__name__} does not have; "
                 f"it belongs to another architecture"
             )
-        for axis in sorted({entry.axis for _, entry in parts}):
+        # A tensor that is read in another shape must be as long as it was along all axes.
+        whole = any(entry.view is not None for _, entry in parts)
+        axes = range(len(spec.shapes[key])) if whole else {entry.axis for _, entry in parts}
+        for axis in sorted(axes):
             lengths = [tensor.shape[axis : axis + 1] for tensor in (ours[key], theirs[key])]
             if lengths[0] != lengths[1] or tuple(lengths[0]) != spec.shapes[key][axis : axis + 1]:
                 raise UserError(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fusion.alignment.operations import CONVOLUTIONS
-from fusion.alignment.tracing import run_on_shapes, symbolic_trace
+from fusion.alignment.tracing import trace
+from fusion.alignment.untraceable import DoesNotFitError
 from fusion.errors import UserError
 
 # Sides of the square images that networks are made for: ImageNet, Inception v3, CIFAR, Tiny
@@ -35,14 +35,12 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
             f"example_input: {shape!r} is no shape; give that of one image as "
             f"[channels, height, width]"
         )
-    traced = symbolic_trace(model)
-    parameter = next(model.parameters(), torch.empty(0))
     shapes = [tuple(shape)] if shape is not None else _guesses(model)
     for candidate in shapes:
-        example = torch.zeros(1, *candidate, dtype=parameter.dtype, device=parameter.device)
+        example = _zeros(model, candidate)
         try:
-            run_on_shapes(traced, [example])
-        except UserError:
+            trace(model, [example])
+        except DoesNotFitError:
             if shape is not None:
                 raise
         else:
@@ -55,13 +53,32 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
     )
 
 
+def check_traceable(model: nn.Module) -> None:
+    """Check that the forward pass depends on shapes only, as far as that can be told without data.
+
+    Raises:
+        UserError: it asks for values. Nothing is raised where no shape that is tried fits.
+    """
+    for candidate in _guesses(model):
+        try:
+            trace(model, [_zeros(model, candidate)])
+        except DoesNotFitError:
+            continue
+        return
+
+
+def _zeros(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    parameter = next(model.parameters(), torch.empty(0))
+    return torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+
+
 def _is_shape(shape: object) -> bool:
     return isinstance(shape, Sequence) and all(isinstance(n, int) and n > 0 for n in shape)
 
 
 def _guesses(model: nn.Module) -> list[tuple[int, ...]]:
     for module in model.modules():
-        if isinstance(module, CONVOLUTIONS):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return [(module.in_channels, *[side] * len(module.kernel_size)) for side in SIDES]
         if isinstance(module, nn.Linear):
             return [(module.in_features,)]

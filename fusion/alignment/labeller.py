@@ -1,194 +1,223 @@
-"""Walks the graph of a network and finds the rule of every operation.
-
-An operation that has no rule fixes every unit it touches: never wrong, at worst less free.
-"""
+"""Walks what was recorded of a forward pass and applies the rule of every operation."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+import torch
+from torch import Tensor, nn
 
-from fusion.alignment.labels import FIXED, Labels, compact, constant
-from fusion.alignment.nested import argument, flat
-from fusion.alignment.operations import (
-    CASTS,
-    CHANNEL_NORMS,
-    CONSTANTS,
-    CONTRACTIONS,
-    CONVOLUTIONS,
-    ELEMENTWISE,
-    ELEMENTWISE_MODULES,
-    JOINS,
-    LIBRARIES,
-    MOVE_MODULES,
-    MOVES,
-    REDUCTIONS,
-    RESHAPES,
-    RESIZE_MODULES,
-    RESIZES,
-    SHARE_MODULES,
-    SHARES,
-    SPATIAL,
-    SPATIAL_MODULES,
-    TRANSPOSED,
+from fusion.alignment.labels import Labels, along, distinct, made, numbered
+from fusion.alignment.ledger import Ledger
+from fusion.alignment.nested import flat, nested
+from fusion.alignment.rules import RULES, Operation
+from fusion.alignment.rules.elementwise import ALIKE
+from fusion.alignment.tracing import Call, Trace
+from fusion.errors import UserError
+
+_LOST = (
+    "the forward pass cannot be followed: an operation reads a tensor that no recorded operation "
+    "made; pass a permutation spec written by hand"
 )
-from fusion.alignment.rules import Parameter, Rules
-from fusion.alignment.tracing import Graph
+MANY = 1_000_000  # elements of a constant from which on its values are not compared
 
 
 class Labeller:
-    """Walks a graph by the rules; several graphs of one network may share them."""
+    """Fills a ledger; several recordings of one network may share it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.rules = Rules(model)
+        self.ledger = Ledger()
+        self.state: dict[str, Labels] = {}  # of each parameter and buffer that was read
+        self.first_name: dict[str, str] = {}  # state-dict key -> the first key of the same tensor
+        names: dict[int, str] = {}
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            self.first_name[key] = names.setdefault(id(tensor), key)
 
-    def walk(self, graph: Graph) -> None:
-        """Apply the rule of every node of ``graph``."""
-        module = graph.module
-        env: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            real = graph.value[node]
-            args = map_arg(node.args, env.__getitem__)
-            kwargs = map_arg(node.kwargs, env.__getitem__)
-            if node.op == "output":
-                self.rules.unknown("output", None, args)
-            elif node.op == "get_attr":
-                env[node] = self.rules.attribute(str(node.target), real)
-            elif not any(isinstance(part, Tensor) for part in flat(real)):
-                env[node] = real  # sizes and other plain numbers
-            elif node.op == "placeholder":
-                env[node] = constant(FIXED, real.shape)
-            else:
-                env[node] = self._call(module, node, real, args, kwargs)
-                for value in flat(env[node]):
-                    if isinstance(value, Labels):
-                        self.rules.ledger.see(value)
-
-    # -- dispatch ---------------------------------------------------------------------------------
-
-    def _call(self, root: nn.Module, node: fx.Node, real: Any, args: Any, kwargs: Any) -> Any:
-        if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
-            why = f"{node.target} ({type(module).__name__})"
-            done = self._call_module(module, str(node.target), why, real, args, kwargs)
-        else:
-            name = node.target if isinstance(node.target, str) else _name(node.target)
-            why = f"{node.name} ({name})"
-            done = self._call_function(name, node, why, real, args, kwargs)
-        return self.rules.unknown(why, real, (args, kwargs)) if done is None else done
-
-    def _call_module(
-        self, module: nn.Module, path: str, why: str, real: Any, args: Any, kwargs: Any
-    ) -> Any:
-        rules = self.rules
-        owned = {
-            name: Parameter(rules.first_name[f"{path}.{name}"], tensor.shape)
-            for name, tensor in module.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)  # not its extra state
+    def walk(self, trace: Trace) -> None:
+        """Apply the rule of every operation of ``trace``."""
+        groups, views = _groups(trace), _views(trace)
+        key_of = {id(tensor): key for key, tensor in trace.state.items()}
+        read = {id(output) for output in trace.outputs}
+        calls = [call for call in reversed(trace.calls) if _leads_to(call, read)][::-1]
+        literals = {
+            id(part)
+            for call in calls
+            if call.name.startswith("lift")
+            for part in flat(dict(call.arguments))
         }
-        if len(args) != 1 or kwargs or not isinstance(args[0], Labels):
-            return rules.unknown(why, real, (args, kwargs, owned))
-        x = args[0]
-        weight, bias = owned.get("weight"), owned.get("bias")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return rules.unknown(
-                f"{why}, whose hooks the graph does not show", real, (args, kwargs, owned)
+        known = {id(x): distinct(x.shape, "input") for x in trace.inputs}
+
+        def labels_of(tensor: Tensor) -> Labels:
+            if id(tensor) not in known:
+                key = key_of.get(id(tensor))
+                if key is not None:
+                    labels = self._parameter(key, tensor, groups.get(key, 1), views.get(key))
+                else:
+                    constant = trace.constants.get(id(tensor), tensor)
+                    if constant.is_meta and id(tensor) not in literals:
+                        raise UserError(_LOST)
+                    labels = _constant(constant)
+                known[id(tensor)] = labels
+            return known[id(tensor)]
+
+        for call in calls:
+            results = [part for part in flat(call.result) if isinstance(part, Tensor)]
+            if all(not result.is_meta for result in results):
+                continue  # a constant, of which the values are known
+            arguments = {
+                name: _on_cpu(value) if _is_index(call, name) else nested(value, labels_of)
+                for name, value in call.arguments.items()
+            }
+            first = next(
+                (t for t in flat(dict(call.arguments)) if isinstance(t, Tensor)), results[0]
             )
-        kind = type(module)  # exactly: a subclass may compute something else
-        if kind in CONVOLUTIONS + TRANSPOSED and weight is not None:
-            groups, transposed = int(module.groups), kind in TRANSPOSED  # type: ignore[arg-type]
-            return rules.convolution(x, weight, bias, groups, why, real, transposed=transposed)
-        if kind is nn.Linear and weight is not None:
-            return rules.contraction(x, weight, bias, 1, -1, (1, 0), why, real)
-        if kind in CHANNEL_NORMS:
-            statistics = (owned.get("running_mean"), owned.get("running_var"))
-            return rules.per_channel(x, (*statistics, weight, bias), why)
-        if kind in (nn.LayerNorm, nn.RMSNorm):
-            axes = len(module.normalized_shape)  # type: ignore[arg-type]
-            return rules.layer_norm(x, axes, (weight, bias), why)
-        if kind is nn.GroupNorm:
-            return rules.group_norm(x, int(module.num_groups), (weight, bias), why)  # type: ignore[arg-type]
-        if kind is nn.PReLU:
-            return rules.per_channel(x, (weight,), why)
-        if kind in SHARE_MODULES:
-            return rules.share(x, why)
-        if kind in ELEMENTWISE_MODULES:
-            return rules.elementwise([x], real, why)
-        if kind in MOVE_MODULES:
-            return rules.move(module, args, kwargs, real)
-        if kind in RESIZE_MODULES:
-            return rules.spatial(x, real, len(x.shape) - 2, why)
-        if kind in SPATIAL_MODULES and isinstance(real, Tensor):
-            return rules.spatial(x, real, SPATIAL_MODULES[kind], why)
-        return rules.unknown(why, real, (args, kwargs, owned))
+            op = Operation(
+                name=call.name,
+                run=call.run,
+                arguments=arguments,
+                shapes=tuple(result.shape for result in results),
+                used=tuple(id(result) in read for result in results),
+                strides=(first.stride(), int(first.storage_offset())),
+                why=call.why,
+                ledger=self.ledger,
+            )
+            for result, labels in zip(results, self._apply(op), strict=True):
+                assert labels.shape == result.shape, (call.name, labels.shape, result.shape)
+                known[id(result)] = labels
+        for output in trace.outputs:
+            self._fix(labels_of(output), "output")
 
-    def _call_function(
-        self, name: str, node: fx.Node, why: str, real: Any, args: Any, kwargs: Any
-    ) -> Any:
-        rules = self.rules
-        name = name.rstrip("_")
-        if name in MOVES or name in JOINS:
-            args, kwargs = rules.materialised(args), rules.materialised(kwargs)
-        if name in MOVES:
-            if any(isinstance(value, Labels) for value in flat((args[1:], kwargs))):
-                return None  # an index that is itself computed
-            if name == "getattr" and args[1] not in ("T", "mT", "data"):
-                return None
-            target = node.target
-            if name == "view":
-                target = Tensor.reshape  # labels are not laid out like the data
-            elif node.op == "call_method":
-                target = getattr(Tensor, str(node.target))
-            return rules.move(target, args, kwargs, real)  # type: ignore[arg-type]
-        if name in JOINS:
-            return rules.concatenation(name, args, kwargs)
-        if name in CONTRACTIONS:
-            return rules.functional_contraction(name, args, kwargs, why, real)
-        if name in CONSTANTS:
-            return rules.same_everywhere(real)
-        tensors = [v for v in flat((args, kwargs)) if isinstance(v, Labels | Parameter)]
-        if not tensors or not isinstance(real, Tensor):
-            return None
-        if name in ELEMENTWISE:
-            return rules.elementwise([rules.labels_of(v) for v in tensors], real, why)
-        x = rules.labels_of(tensors[0])
-        if name in CASTS and x.shape == real.shape:
-            return x
-        if name in RESHAPES:
-            change = Tensor.expand if name == "expand_as" else Tensor.reshape
-            return Labels(*(compact(change(part, real.shape)) for part in (x.units, x.sites)))
-        if name == "prelu":
-            return rules.per_channel(x, (argument(args, kwargs, 1, "weight"),), why)
-        if name == "batch_norm":
-            names = ("running_mean", "running_var", "weight", "bias")
-            given = [argument(args, kwargs, i + 1, part) for i, part in enumerate(names)]
-            return rules.per_channel(x, given, why)
-        if name in ("layer_norm", "rms_norm"):
-            axes = len(argument(args, kwargs, 1, "normalized_shape"))
-            affine = (argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias"))
-            return rules.layer_norm(x, axes, affine if name == "layer_norm" else affine[:1], why)
-        if name == "group_norm":
-            affine = (argument(args, kwargs, 2, "weight"), argument(args, kwargs, 3, "bias"))
-            return rules.group_norm(x, argument(args, kwargs, 1, "num_groups"), affine, why)
-        if len(tensors) > 1:
-            return None
-        if name in SPATIAL:
-            return rules.spatial(x, real, SPATIAL[name], why)
-        if name in RESIZES:
-            return rules.spatial(x, real, len(x.shape) - 2, why)
-        if name == "pad":
-            return rules.pad(x, real, args, kwargs, why)
-        if name in REDUCTIONS:
-            return rules.reduce(x, real, args, kwargs, why)
-        if name in SHARES:
-            return rules.share(x, why)
-        return None
+    def reached(self) -> set[str]:
+        """Return the keys of the state dict that some operation has read."""
+        return {key for key, first in self.first_name.items() if first in self.state}
+
+    def _apply(self, op: Operation) -> tuple[Labels, ...]:
+        rule = None if _is_empty(op) else RULES.get(op.name)
+        if op.labels() or op.name in ALIKE:
+            found = None if rule is None else rule(op)
+        else:  # `arange` and the like
+            found = distinct(op.shape, op.why)
+        if found is None:
+            for labels in op.labels():
+                self._fix(labels, op.why)
+            return tuple(distinct(shape, op.why) for shape in op.shapes)
+        return (found,) if isinstance(found, Labels) else found
+
+    def _fix(self, labels: Labels, why: str) -> None:
+        for factor in labels.factors:
+            self.ledger.fix(factor, why)
+
+    def _parameter(
+        self, key: str, tensor: Tensor, groups: int, view: tuple[int, ...] | None
+    ) -> Labels:
+        """Return labels of a parameter, or buffer: new atoms along each of its axes."""
+        if key not in self.state:
+            factors: list[Tensor] = []
+            shape = view or tuple(tensor.shape)
+            for axis, size in enumerate(shape if tensor.numel() else ()):
+                if axis == 1 and groups > 1:
+                    factors.append(self._columns_of_groups(key, shape, groups, factors[0]))
+                elif size > 1:
+                    atoms = self.ledger.column(key, axis, size, view=view)
+                    factors.append(along(atoms, axis, len(shape)))
+            self.state[key] = Labels(torch.Size(shape), tuple(factors)).viewed(tensor.shape)
+        return self.state[key]
+
+    def _columns_of_groups(
+        self, key: str, shape: tuple[int, ...], groups: int, rows: Tensor
+    ) -> Tensor:
+        """Return new atoms for axis 1 of a weight, others for each group of its rows."""
+        n = shape[0] // groups
+        atoms = torch.stack([
+            self.ledger.column(key, 1, shape[1], rows=(j * n, (j + 1) * n)) for j in range(groups)
+        ])  # fmt: skip
+        self.ledger.partition(atoms, rows.view(groups, -1))
+        ones = [1] * (len(shape) - 2)
+        return atoms.repeat_interleave(n, dim=0).view(shape[0], shape[1], *ones)
 
 
-def _name(function: Any) -> str:
-    """Return the name of a library function; of any other, a name that no rule has."""
-    name = str(getattr(function, "__name__", function))
-    module = getattr(function, "__module__", None) or "torch"  # builtin methods of torch have none
-    return name if module.split(".")[0] in LIBRARIES else f"{module}.{name}"
+def _leads_to(call: Call, read: set[int]) -> bool:
+    """Whether a call makes something that is ``read`` later on; then so are its arguments."""
+    if read.isdisjoint(map(id, flat(call.result))):
+        return False
+    read.update(map(id, flat(dict(call.arguments))))
+    return True
+
+
+def _is_empty(op: Operation) -> bool:
+    """Whether something is made, or made of, nothing: on another input there might be elements."""
+    if op.name in ALIKE:
+        return False
+    made = [shape for shape, used in zip(op.shapes, op.used, strict=True) if used]
+    taken = [x.shape for x in op.labels() if op.name != "cat" or x.shape != (0,)]
+    return any(not shape.numel() for shape in (*made, *taken))
+
+
+def _constant(tensor: Tensor) -> Labels:
+    """Return labels of a tensor that no permutation reaches: equal values are alike."""
+    if tensor.is_meta or tensor.numel() > MANY:
+        return distinct(tensor.shape, "a constant")
+    return made(tensor.shape, (), [numbered([tensor.detach().cpu()])], "a constant")
+
+
+def _is_index(call: Call, name: str) -> bool:
+    """Whether an argument selects elements by values that are known."""
+    if (call.name, name) not in (("index", "indices"), ("index_select", "index")):
+        return False
+    parts = [part for part in flat(call.arguments[name]) if isinstance(part, Tensor)]
+    return all(not part.is_meta for part in parts)
+
+
+def _on_cpu(value: Any) -> Any:
+    return nested(value, Tensor.cpu)
+
+
+def _groups(trace: Trace) -> dict[str, int]:
+    """Return the groups of the convolutions in which parameters serve, as they are or reshaped."""
+    origin = {id(tensor): key for key, tensor in trace.state.items()}
+    found: dict[str, set[int]] = defaultdict(set)
+    for call in trace.calls:
+        if call.name == "convolution":
+            weight, groups = call.arguments["weight"], call.arguments["groups"]
+            key = origin.get(id(weight))
+            if key is not None and tuple(weight.shape[:2]) != (groups, 1):
+                same = trace.state[key].shape[:2] == weight.shape[:2]
+                found[key].add(groups if same else 1)
+        for result, source in _same_size(call):
+            if id(source) in origin:
+                origin.setdefault(id(result), origin[id(source)])
+    return {key: groups.pop() for key, groups in found.items() if len(groups) == 1}
+
+
+def _views(trace: Trace) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of kernels that the forward pass mixes from the rows of a matrix.
+
+    Each row of such a parameter is a kernel (conditionally parameterized convolutions, Yang et
+    al., 2019, 1904.04971).
+    """
+    matrix = {id(tensor): key for key, tensor in trace.state.items() if tensor.ndim == 2}
+    mixed: dict[int, str] = {}
+    found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for call in trace.calls:
+        if call.name == "mm" and id(call.arguments["mat2"]) in matrix and len(call.result) == 1:
+            mixed[id(call.result)] = matrix[id(call.arguments["mat2"])]
+        if call.name == "convolution":
+            weight = call.arguments["weight"]
+            if id(weight) in mixed:
+                key = mixed[id(weight)]
+                found[key].add((trace.state[key].shape[0], *weight.shape))
+        for result, source in _same_size(call):
+            if id(source) in mixed:
+                mixed.setdefault(id(result), mixed[id(source)])
+    return {key: shapes.pop() for key, shapes in found.items() if len(shapes) == 1}
+
+
+def _same_size(call: Call) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the results of a call with the arguments that have as many elements."""
+    parts = [part for part in flat(dict(call.arguments)) if isinstance(part, Tensor)]
+    for result in flat(call.result):
+        for part in parts if isinstance(result, Tensor) else ():
+            if part.numel() == result.numel():
+                yield result, part

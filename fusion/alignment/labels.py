@@ -1,247 +1,240 @@
-"""Labels on activations: which unit, and which site of it, every element of a tensor holds.
+"""Labels on a tensor: which units every element belongs to, and which of their elements it is.
 
-Every element of an activation carries two integers. Its *unit* is the channel it belongs to; its
-*site* tells the elements of one unit apart (the pixel, before or after a flatten). A permutation
-symmetry exchanges units and leaves sites alone. Operations that only move data run on the label
-tensors themselves; other operations state what they demand: that two units be one (``tie``), that a
-unit stay where it is (``fix``), or that exchanged units look alike in some tensor (``colour``).
+A symmetry permutes *atoms*: the positions along the axes of parameters (`ledger`). An element of an
+activation belongs to one atom, its channel; an element of a weight to two, the channel it makes and
+the one it takes; an element of the input to none. Each of these is a *factor*: a tensor of atoms,
+0 where there is none. What else tells elements apart, such as the pixel, are the *sites*, integers
+too. The two laws of a labelled tensor are
+
+1. elements with the same atoms and sites hold the same value;
+2. a symmetry takes the element of atoms (a, b, …) and sites s to one of atoms (ga, gb, …) and
+   sites s.
+
+Operations that only move data act on the labels as on the data; all others state what they demand
+of the atoms (`ledger`) for the second law to hold of their result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-FIXED = 0  # the label of everything that may not move: inputs, outputs, unproven operations
+NONE = 0  # the atom of elements that belong to no unit
+Axes = frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Unit and site of every element of one activation, both of the activation's shape.
+    """Atoms and sites of the elements of one tensor.
 
-    Axes along which a label does not change have stride 0, so that an image of any size costs
-    little more than its channels (see `compact`).
+    Attributes:
+        shape: That of the tensor.
+        factors: Tensors of atoms, each with length 1 along the axes along which it does not change.
+        sites: Tensors of integers in the same form; two elements are at one site if all agree.
+        cause: What kept the elements that belong to no unit from belonging to one.
     """
 
-    units: Tensor
-    sites: Tensor
+    shape: torch.Size
+    factors: tuple[Tensor, ...] = ()
+    sites: tuple[Tensor, ...] = ()
+    cause: str = ""
 
     @property
-    def shape(self) -> torch.Size:
-        """The shape of the activation."""
-        return self.units.shape
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def axis(self, axis: int) -> int:
+        """Return ``axis`` counted from the front."""
+        return axis % max(self.rank, 1)
+
+    def axes(self, axes: int | Iterable[int]) -> Axes:
+        """Return ``axes`` counted from the front."""
+        return frozenset(self.axis(a) for a in ([axes] if isinstance(axes, int) else axes))
+
+    def changed(
+        self, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None
+    ) -> Labels:
+        """Apply a change of layout, given for tensors of the full shape, to all labels."""
+        factors = [change(part.expand(self.shape)) for part in self.factors]
+        sites = [change(part.expand(self.shape)) for part in self.sites]
+        if shape is None:
+            shape = change(torch.empty((), device="meta").expand(self.shape)).shape
+        return made(shape, factors, sites, self.cause)
+
+    def viewed(self, shape: Sequence[int]) -> Labels:
+        """Return the labels of the same elements, in order, as a tensor of another shape."""
+        shape = list(shape)
+        if shape == list(self.shape):
+            return self
+        if -1 in shape:
+            rest = math.prod(size for size in shape if size != -1)
+            shape[shape.index(-1)] = math.prod(self.shape) // max(rest, 1)
+        factors = [_viewed(part, self.shape, shape) for part in self.factors]
+        sites = [_viewed(part, self.shape, shape) for part in self.sites]
+        return made(shape, factors, sites, self.cause)
+
+    def lifted(self, rank: int) -> Labels:
+        """Return the same with axes of length 1 in front, ``rank`` in all."""
+        if rank == self.rank:
+            return self
+        ones = (1,) * (rank - self.rank)
+        return Labels(
+            torch.Size(ones + self.shape),
+            tuple(part.reshape(ones + part.shape) for part in self.factors),
+            tuple(part.reshape(ones + part.shape) for part in self.sites),
+            self.cause,
+        )
+
+    def expanded(self, shape: Sequence[int]) -> Labels:
+        """Return the same, repeated along axes of length 1."""
+        return replace(self, shape=torch.Size(shape))
+
+    def with_sites(self, *more: Tensor) -> Labels:
+        """Return the same with further sites."""
+        return replace(self, sites=tidy((*self.sites, *more)))
 
 
-@dataclass(frozen=True, eq=False)
-class Vector:
-    """The labels along one axis of an activation whose other axes do not matter.
+def made(
+    shape: Sequence[int], factors: Iterable[Tensor], sites: Iterable[Tensor], cause: str = ""
+) -> Labels:
+    """Return labels in their simplest form: no factor without an atom, no site twice."""
+    kept = tuple(part for part in map(compact, factors) if bool((part != NONE).any()))
+    return Labels(torch.Size(shape), kept, tidy(map(compact, sites)), cause)
 
-    ``patterns`` numbers the arrangements of sites: positions may be exchanged only where these
-    agree.
+
+def distinct(shape: Sequence[int], cause: str) -> Labels:
+    """Return labels of elements that belong to no unit and are all different."""
+    return Labels(torch.Size(shape), (), grid(shape, range(len(shape))), cause)
+
+
+def alike(shape: Sequence[int]) -> Labels:
+    """Return labels of elements that belong to no unit and are all equal."""
+    return Labels(torch.Size(shape))
+
+
+def grid(shape: Sequence[int], axes: Iterable[int]) -> tuple[Tensor, ...]:
+    """Return sites that tell the positions along ``axes`` apart."""
+    return tuple(along(torch.arange(shape[a]), a, len(shape)) for a in axes if shape[a] > 1)
+
+
+def along(values: Tensor, axis: int, rank: int) -> Tensor:
+    """Return (n,) ``values`` as a tensor of ``rank`` axes that changes along ``axis``."""
+    return values.view([-1 if a == axis else 1 for a in range(rank)])
+
+
+def _viewed(part: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """View ``part``, one label of a tensor of shape ``old``, as one of a tensor of shape ``new``.
+
+    Axes are split and merged in groups of equal size; where the label does not change along a
+    group, it does not along the new axes either: an image of any size costs its channels only.
     """
-
-    labels: Tensor
-    patterns: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """One axis of a parameter and the units that stand along it.
-
-    ``rows`` bounds the rows of axis 0 to which an entry on axis 1 applies (a grouped convolution
-    keeps the inputs of each group in rows of their own); ``None`` means all of them.
-    """
-
-    tensor: str
-    axis: int
-    rows: tuple[int, int] | None
-    labels: Tensor
-    marks: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """A partition of channels into blocks of equal structure, each row of ``sides`` one block.
-
-    ``sides`` holds label tensors of shape (blocks, units per block): the inputs and the outputs
-    of a grouped convolution, or the channels of a group norm.
-    """
-
-    operation: str
-    sides: tuple[Tensor, ...]
+    within: list[int] = []
+    shape: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start, begin = i, j
+        sizes = [1, 1]
+        while sizes[0] != sizes[1] or (start, begin) == (i, j):
+            if i < len(old) and (sizes[0] <= sizes[1] or j == len(new)):
+                sizes[0] *= old[i]
+                i += 1
+            else:
+                sizes[1] *= new[j]
+                j += 1
+        changes = any(size > 1 for size in part.shape[start:i])
+        within += old[start:i] if changes else [1] * (i - start)
+        shape += new[begin:j] if changes else [1] * (j - begin)
+    return part.expand(within).reshape(shape)
 
 
-@dataclass
-class Ledger:
-    """Everything that the operations of one network demand of its units."""
-
-    count: int = 1  # labels handed out; 0 is `FIXED`
-    ties: list[Tensor] = field(default_factory=list)  # each (2, n): these labels are one unit
-    fixed: list[tuple[Tensor, str]] = field(default_factory=list)  # labels, operation
-    colourings: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # labels, marks
-    blocks: list[Blocks] = field(default_factory=list)
-    uses: dict[tuple[str, int, tuple[int, int] | None], Use] = field(default_factory=dict)
-    _seen: set[tuple[int, int]] = field(default_factory=set)
-    _alive: list[Labels] = field(default_factory=list)  # keeps the identities in _seen unique
-
-    def fresh(self, n: int) -> Tensor:
-        """Return ``n`` labels that nothing carries yet."""
-        labels = torch.arange(self.count, self.count + n)
-        self.count += n
-        return labels
-
-    def tie(self, a: Tensor, b: Tensor, why: str) -> None:
-        """Demand that, position by position, the labels ``a`` and ``b`` be one unit."""
-        pairs = torch.stack([part.flatten() for part in _broadcast(a, b)])
-        bound = (pairs == FIXED).any(dim=0)
-        if bound.any():
-            self.fix(pairs[:, bound], why)
-            pairs = pairs[:, ~bound]
-        pairs = pairs[:, pairs[0] != pairs[1]]
-        if pairs.numel():
-            self.ties.append(pairs)
-
-    def fix(self, labels: Tensor, why: str) -> None:
-        """Demand that the units ``labels`` stay in place, because of the operation ``why``."""
-        labels = core(labels).flatten()
-        labels = labels[labels != FIXED]
-        if labels.numel():
-            self.fixed.append((labels, why))
-
-    def colour(self, labels: Tensor, marks: Tensor) -> None:
-        """Demand that units be exchanged only if they carry the same ``marks`` in this tensor."""
-        if (labels != FIXED).any():
-            self.colourings.append((labels, marks))
-
-    def see(self, value: Labels) -> None:
-        """Demand that a symmetry act on the activation ``value``: equal sites for its units."""
-        identity = (id(value.units), id(value.sites))
-        if identity in self._seen:
-            return
-        self._seen.add(identity)
-        self._alive.append(value)
-        units, sites = core(value.units), core(value.sites)
-        if any(u > 1 and s > 1 for u, s in zip(units.shape, sites.shape, strict=True)):
-            units, sites = _broadcast(units, sites)
-            self.colour(units.flatten(), sites.flatten())
-        else:  # all units have the same sites: only their presence tells
-            self.colour(units.flatten(), torch.zeros_like(units).flatten())
-
-    def vector(self, value: Labels, axis: int, why: str) -> Vector:
-        """Return the labels along ``axis``; if they also change elsewhere, fix them first."""
-        axis %= len(value.shape)
-        length = value.shape[axis]
-        units, sites = core(value.units), core(value.sites)
-        none = torch.zeros(length, dtype=torch.int64)
-        if any(size > 1 for i, size in enumerate(units.shape) if i != axis):
-            self.fix(units, why)
-            return Vector(none, none)
-        labels = units.flatten().expand(length)
-        patterns = none
-        if sites.shape[axis] > 1:
-            columns = sites.movedim(axis, 0).flatten(1)
-            patterns = torch.unique(columns, dim=0, return_inverse=True)[1]
-        self.colour(labels, patterns)
-        return Vector(labels, patterns)
-
-    def use(
-        self, tensor: str, axis: int, vector: Vector, why: str, rows: tuple[int, int] | None = None
-    ) -> None:
-        """Record that the units of ``vector`` stand along ``axis`` of the parameter ``tensor``."""
-        key = (tensor, axis, rows)
-        before = self.uses.setdefault(key, Use(*key, vector.labels, vector.patterns))
-        if before.labels is vector.labels:
-            return
-        self.tie(before.labels, vector.labels, why)
-        if not torch.equal(before.marks, vector.patterns):
-            self.fix(vector.labels, why)
+# -- the axes along which a label changes ----------------------------------------------------------
 
 
-def core(labels: Tensor) -> Tensor:
-    """Return ``labels`` with every axis of stride 0 narrowed to length 1."""
-    for axis, stride in enumerate(labels.stride()):
-        if stride == 0 and labels.shape[axis] > 1:
-            labels = labels.narrow(axis, 0, 1)
-    return labels
+def support(part: Tensor) -> Axes:
+    """Return the axes along which ``part`` changes."""
+    return frozenset(axis for axis, size in enumerate(part.shape) if size > 1)
 
 
-def compact(labels: Tensor) -> Tensor:
-    """Return ``labels`` as a view that has stride 0 on each axis along which nothing changes."""
-    shape, inner = labels.shape, core(labels)
-    for axis, size in enumerate(inner.shape):
+def compact(part: Tensor) -> Tensor:
+    """Return ``part`` with length 1 along every axis along which it does not change."""
+    for axis, stride in enumerate(part.stride()):
+        if stride == 0 and part.shape[axis] > 1:
+            part = part.narrow(axis, 0, 1)
+    for axis, size in enumerate(part.shape):
         if size > 1:
-            first = inner.narrow(axis, 0, 1)
-            if torch.equal(first.expand_as(inner), inner):
-                inner = first
-    return inner.expand(shape)
+            first = part.narrow(axis, 0, 1)
+            if torch.equal(first.expand_as(part), part):
+                part = first
+    return part
 
 
-def constant(label: int, shape: Sequence[int]) -> Labels:
-    """Return an activation all of whose elements carry ``label``."""
-    return Labels(torch.full([1] * len(shape), label).expand(*shape), grid(shape, None))
+def numbered(parts: Sequence[Tensor]) -> Tensor:
+    """Number the combinations of values that meet when ``parts`` are broadcast: 0, 1, ….
+
+    A tensor of one element for no parts.
+    """
+    if not parts:
+        return torch.zeros((), dtype=torch.int64)
+    total, *rest = parts
+    for part in rest:
+        total = total * (int(part.max()) + 1) + part
+        if part is not rest[-1]:
+            total = torch.unique(total, return_inverse=True)[1]
+    number: Tensor = torch.unique(total, return_inverse=True)[1]
+    return number
 
 
-def channelwise(vector: Vector, shape: Sequence[int], axis: int) -> Labels:
-    """Return an activation of ``shape`` with ``vector`` along ``axis`` and sites of its own."""
-    axis %= len(shape)
-    along = [1] * len(shape)
-    along[axis] = shape[axis]
-    sites = grid(shape, axis)
-    if vector.patterns.any():
-        rest = math.prod(shape) // shape[axis]
-        sites = vector.patterns.view(along) * rest + core(sites)
-    return Labels(compact(vector.labels.view(along).expand(*shape)), sites.expand(*shape))
+def tidy(sites: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Merge sites that change along the same axes, and drop those that do not change."""
+    by_support: dict[Axes, Tensor] = {}
+    for site in sites:
+        where = support(site)
+        if not where:
+            continue
+        known = by_support.get(where)
+        if known is None:
+            by_support[where] = site
+        elif known is not site and not torch.equal(known, site):
+            by_support[where] = numbered([known, site])
+    return tuple(by_support.values())
 
 
-def join(values: Sequence[Labels], axis: int) -> Labels:
-    """Return the labels of the concatenation of ``values`` along ``axis``."""
-    sites = [value.sites for value in values]
-    owners = [set(core(value.units).flatten().tolist()) - {FIXED} for value in values]
-    if sum(map(len, owners)) > len(set().union(*owners)):
-        # One unit stands in several parts, with different contents: its copies are further sites.
-        sites = [_offset(site, i, len(values)) for i, site in enumerate(sites)]
-    return Labels(_concatenate([value.units for value in values], axis), _concatenate(sites, axis))
+def pattern(sites: Sequence[Tensor], axes: Axes, rank: int) -> Tensor:
+    """Number the positions along ``axes`` by the sites that they hold along all other axes.
+
+    Returns:
+        Of ``rank`` axes, of length 1 except along ``axes``; two positions have the same number if
+        they hold the same sites at the same places.
+    """
+    parts = [site for site in sites if support(site) <= axes]
+    crossing = [site for site in sites if support(site) & axes and not support(site) <= axes]
+    if crossing:
+        parts.append(_rows(numbered(crossing), axes))
+    number = numbered(tidy(parts))
+    return number if number.ndim == rank else number.view([1] * rank)
 
 
-def merge_sites(a: Tensor, b: Tensor) -> Tensor:
-    """Number the pairs of sites that meet when two activations are combined elementwise."""
-    if b.numel() == 1 or (a.shape == b.shape and torch.equal(a, b)):
-        return a
-    if a.numel() == 1:
-        return b
-    pairs = a * (int(b.max()) + 1) + b
-    numbers: Tensor = torch.unique(pairs, return_inverse=True)[1]
-    return numbers
+def fibres(sites: Sequence[Tensor], over: Axes) -> tuple[Tensor, ...]:
+    """Return sites that tell apart what elements hold along the axes ``over``, now of length 1."""
+    kept = [site for site in sites if not support(site) & over]
+    crossing = [site for site in sites if support(site) & over and not support(site) <= over]
+    if crossing:
+        joint = numbered(crossing)
+        kept.append(_rows(joint, support(joint) - over))
+    return tidy(kept)
 
 
-def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-    return a.expand(shape), b.expand(shape)
-
-
-def _offset(sites: Tensor, part: int, parts: int) -> Tensor:
-    return (core(sites) * parts + part).expand(sites.shape)
-
-
-def _concatenate(parts: Sequence[Tensor], axis: int) -> Tensor:
-    axis %= parts[0].ndim
-    lengths = [part.shape[axis] for part in parts]
-    shape = list(parts[0].shape)
-    shape[axis] = sum(lengths)
-    cores = [core(part) for part in parts]
-    common = [max(sizes) for sizes in zip(*(c.shape for c in cores), strict=True)]
-    full = []
-    for inner, length in zip(cores, lengths, strict=True):
-        common[axis] = length
-        full.append(inner.expand(common))
-    return compact(torch.cat(full, dim=axis).expand(shape))
-
-
-def grid(shape: Sequence[int], without: int | None) -> Tensor:
-    """Number the positions of ``shape``, the same along the axis ``without``."""
-    sizes = [1 if axis == without else size for axis, size in enumerate(shape)]
-    return compact(torch.arange(math.prod(sizes)).view(sizes).expand(*shape))
+def _rows(joint: Tensor, axes: Axes) -> Tensor:
+    """Number the positions along ``axes`` by what ``joint`` holds along the others."""
+    order = [*sorted(axes & support(joint)), *sorted(support(joint) - axes)]
+    order += [a for a in range(joint.ndim) if a not in order]
+    kept = [joint.shape[a] for a in sorted(axes & support(joint))]
+    rows = joint.permute(order).reshape(math.prod(kept), -1)
+    number: Tensor = torch.unique(rows, dim=0, return_inverse=True)[1]
+    shape = [joint.shape[a] if a in axes else 1 for a in range(joint.ndim)]
+    return number.view(shape)

@@ -238,15 +238,17 @@ class _Pending:
     """How many unsettled groups still cover each position of each tensor."""
 
     def __init__(self, spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> None:
-        self.axes: dict[tuple[str, int], Tensor] = {}
+        self.axes: dict[str, dict[int, Tensor]] = {}
         self.rows: dict[str, Tensor] = {}  # grouped convolutions: axis 1, row by row
         self.rank = {key: value.ndim for key, value in tensors.items()}
         for key, parts in spec.by_tensor.items():
             if key not in tensors or tensors[key].ndim < 2:
                 continue
             shape = tensors[key].shape
-            for axis in (0, 1):
-                self.axes[key, axis] = torch.zeros(shape[axis], dtype=torch.int64)
+            self.axes[key] = {
+                axis: torch.zeros(shape[axis], dtype=torch.int64)
+                for axis in sorted({0, 1, *(entry.axis for _, entry in parts)})
+            }
             if any(entry.rows is not None for _, entry in parts):
                 self.rows[key] = torch.zeros(shape[:2], dtype=torch.int64)
         for group in spec.groups:
@@ -259,29 +261,41 @@ class _Pending:
         for entry in group.entries:
             if entry.rows is not None and entry.tensor in self.rows:
                 self.rows[entry.tensor][slice(*entry.rows), entry.positions.flatten()] += change
-            elif (entry.tensor, entry.axis) in self.axes:
-                self.axes[entry.tensor, entry.axis][entry.positions.flatten()] += change
+            elif entry.tensor in self.axes:
+                self.axes[entry.tensor][entry.axis][entry.positions.flatten()] += change
 
     def settled(self, entry: Entry) -> Tensor | Literal[True] | None:
         """Return what is settled across ``entry``: all (True), nothing (None), or a mask."""
         key, other = entry.tensor, 1 - entry.axis
-        if (key, other) not in self.axes:
+        if key not in self.axes:
             return True
-        free = self.axes[key, other] == 0
-        free = free.view(-1, 1) if other == 0 else free.view(1, -1)
-        if other == 1 and key in self.rows:
-            free = free & (self.rows[key] == 0)
-        if entry.rows is not None and other == 0:
-            free = free.clone()
-            free[: entry.rows[0]] = free[entry.rows[1] :] = True
-        used = free[slice(*entry.rows)] if entry.rows is not None and other == 0 else free
-        if other == 1 and key in self.rows:
+        if key not in self.rows:
+            return self._settled_on(key, [axis for axis in self.axes[key] if axis != entry.axis])
+        free = self.axes[key][other] == 0
+        if other == 1:
+            free = free.view(1, -1) & (self.rows[key] == 0)
             used = free[entry.positions.flatten()]
+        else:
+            free = free.view(-1, 1).clone()
+            if entry.rows is not None:
+                free[: entry.rows[0]] = free[entry.rows[1] :] = True
+            used = free if entry.rows is None else free[slice(*entry.rows)]
         if bool(used.all()):
             return True
         if not bool(used.any()):
             return None
         return free.view(*free.shape, *[1] * (self.rank[key] - 2))
+
+    def _settled_on(self, key: str, axes: Sequence[int]) -> Tensor | Literal[True] | None:
+        mask: Tensor | Literal[True] = True
+        for axis in axes:
+            free = self.axes[key][axis] == 0
+            if not bool(free.any()):
+                return None
+            if not bool(free.all()):
+                shape = [-1 if a == axis else 1 for a in range(self.rank[key])]
+                mask = free.view(shape) if mask is True else mask & free.view(shape)
+        return mask
 
 
 def _units(tensor: Tensor, entry: Entry) -> Tensor:

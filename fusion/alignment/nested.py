@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def argument(args: Any, kwargs: Any, position: int, name: str, default: Any = None) -> Any:
-    """Return the argument of a call that may be given by position or by name."""
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
 def flat(values: Any) -> list[Any]:
     """Return everything inside tuples, lists and dicts, in order."""
     if isinstance(values, dict):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from fusion.alignment.copies import copied
 from fusion.alignment.spec import Entry, Group, PermutationSpec
 from fusion.errors import UserError, suggestion
 
@@ -91,7 +93,7 @@ def apply_permutation(
     """
     check_permutations(spec, permutations)
     if isinstance(target, nn.Module):
-        module = copy.deepcopy(target)
+        module = copied(target)
         tensors = module.state_dict()  # views of the copy's own tensors
         for key, value in _permuted(target.state_dict(), spec, permutations):
             tensors[key].copy_(value)
@@ -124,6 +126,14 @@ def _permuted(
 
 def permute_tensor(value: Tensor, name: str, parts: list[tuple[Group, Entry, Tensor]]) -> Tensor:
     """Return ``value`` with the entries of ``parts`` permuted, units before blocks."""
+    shape, (view, *_) = value.shape, {entry.view for _, entry, _ in parts}
+    if view is not None:
+        if math.prod(view) != value.numel():
+            raise UserError(
+                f"'{name}' has shape {tuple(shape)}, which cannot be read as {view}; the spec "
+                f"belongs to another architecture"
+            )
+        value = value.reshape(view)
     units = [(entry, p) for group, entry, p in parts if not group.members]
     blocks = [(entry, p) for group, entry, p in parts if group.members]
     for stage in (units, blocks):
@@ -137,7 +147,7 @@ def permute_tensor(value: Tensor, name: str, parts: list[tuple[Group, Entry, Ten
                     _check_reach(value, name, entry)
                     index[entry.positions] = entry.positions[p.cpu()]
             value = value.index_select(axis, index.to(value.device))
-    return value
+    return value.reshape(shape)
 
 
 def _permute_rows(value: Tensor, name: str, parts: list[tuple[Entry, Tensor]]) -> Tensor:

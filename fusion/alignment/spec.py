@@ -22,12 +22,15 @@ class Entry:
             after a flatten of k pixels per channel, or for whole blocks).
         rows: First and last-but-one row of axis 0 to which the entry is confined (the rows of one
             group of a grouped convolution); ``None``: all.
+        view: The shape in which the tensor is read, where that is another than its own (a row of
+            weights that the forward pass makes a kernel of); axis and positions are those of it.
     """
 
     tensor: str
     axis: int
     positions: Tensor
     rows: tuple[int, int] | None = None
+    view: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         flat = self.positions.flatten()
@@ -35,7 +38,8 @@ class Entry:
         if len(flat) != int(flat.max()) - int(flat.min()) + 1:
             segment += " in part"
         rows = "" if self.rows is None else f", rows {self.rows[0]}:{self.rows[1]}"
-        return f"{self.tensor}[axis {self.axis}, {segment}{rows}]"
+        seen = "" if self.view is None else f" as {self.view}"
+        return f"{self.tensor}{seen}[axis {self.axis}, {segment}{rows}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +75,8 @@ class PermutationSpec:
         groups: Groups of units and groups of blocks.
         fixed: What was left in place, and why.
         shapes: Shape of every tensor of the state dict.
-        coverage: Share of the parameters that lie on a permutable axis, 0 to 1.
+        coverage: Share of the parameters that lie on a permutable axis, 0 to 1, of those that the
+            forward pass uses (`fixed` names the others).
         by_name: The groups by name.
         by_tensor: For each state-dict key, the groups that stand in it and where.
     """

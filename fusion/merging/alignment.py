@@ -21,8 +21,7 @@ from fusion.alignment import (
     permutation_spec,
 )
 from fusion.alignment.align import By
-from fusion.alignment.example import example_input_for
-from fusion.alignment.tracing import symbolic_trace
+from fusion.alignment.example import check_traceable, example_input_for
 from fusion.data import seed_from
 from fusion.errors import UserError
 from fusion.merging.averaging import mean_network
@@ -108,7 +107,7 @@ class AlignmentStage:
             )
         model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
         if self.shape is None and modelpool.has_data("train"):
-            symbolic_trace(model)  # the pool's own images will do; loading them may take long
+            check_traceable(model)  # the pool's own images will do; loading them may take long
         else:
             example_input_for(model, self.shape)
 

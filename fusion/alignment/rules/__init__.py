@@ -1,0 +1,29 @@
+"""What each operation demands of the units that its tensors belong to, by themes.
+
+An operation without a rule fixes every unit that it touches: never wrong, at worst less free.
+"""
+
+from fusion.alignment.rules import (
+    contractions,
+    convolutions,
+    elementwise,
+    joins,
+    moves,
+    norms,
+    reductions,
+    spatial,
+)
+from fusion.alignment.rules.operation import Operation, Rule
+
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **moves.RULES,
+    **joins.RULES,
+    **reductions.RULES,
+    **norms.RULES,
+    **contractions.RULES,
+    **convolutions.RULES,
+    **spatial.RULES,
+}
+
+__all__ = ["RULES", "Operation", "Rule"]
