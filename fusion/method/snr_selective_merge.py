@@ -19,7 +19,7 @@ from fusion.merging.heads import HeadChoice, HeadPlan, plan_heads
 from fusion.merging.layer_scorer import LayerScorer
 from fusion.merging.layer_scores import LayerRecord
 from fusion.merging.members import LayerChoice, Members, layers_of
-from fusion.merging.rule import Rule
+from fusion.merging.rule import Need, Rule
 from fusion.merging.rules import Mean, Slerp, Ties
 from fusion.method.consistency import write_consistency
 from fusion.method.merge import Merge
@@ -84,6 +84,7 @@ class SNRSelectiveMerge(Merge):
         UserError: an option that has no meaning.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
     without_alignment: ClassVar[str] = "align=false"
 
     @checked
