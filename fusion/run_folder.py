@@ -258,7 +258,10 @@ def _move_in(ready: Path, folder: Path) -> None:
     """
     report = ready / REPORT
     new = {p.relative_to(ready).as_posix() for p in ready.rglob("*") if p.is_file()}
-    old = json.loads((ready / _REPLACES).read_text(encoding="utf-8"))
+    try:
+        old = json.loads((ready / _REPLACES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{ready}' does not say which files it replaces; remove it") from error
     for name in (*old, *new):  # the folder may be somebody else's
         if not _is_inside(folder, name):
             raise UserError(
@@ -275,7 +278,10 @@ def _move_in(ready: Path, folder: Path) -> None:
     (folder / ERROR).unlink(missing_ok=True)
     if report.is_file():
         report.replace(folder / REPORT)
-    shutil.rmtree(ready)
+    # What is left has no meaning any more: under this name the next run removes it.
+    leftover = ready.with_name(ready.name.replace(READY, WORKING, 1))
+    ready.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def _files_of_run(folder: Path) -> set[str]:

@@ -112,7 +112,7 @@ def test_a_killed_run_harms_nothing(place: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_run_killed_at_every_operation_harms_nothing(place: Path, tmp_path: Path) -> None:
-    number = 1
+    number = int(os.environ.get("FUSION_FIRST_KILL", "1"))  # to go on where it was stopped
     while check_kill(place, tmp_path / "run", number):
         number += 1
     assert number > 30  # so many operations there were
