@@ -1,5 +1,6 @@
 """How the manual is built."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import fusion
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS / "_extensions"))  # also imported by name, for the gallery's figures
+
+logging.getLogger("fusion").setLevel(logging.WARNING)  # the gallery shows what scripts print
 
 project = "fusion"
 author = "The fusion authors"

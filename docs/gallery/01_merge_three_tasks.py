@@ -46,7 +46,9 @@ for name, images in train.items():
 # A pool holds them with their data, and a method merges them. Labels are not used: the images
 # alone tell what each layer receives.
 
-pool = fusion.BaseModelPool({"_pretrained_": base, **experts}, train_datasets=train)
+pool = fusion.BaseModelPool(
+    {"_pretrained_": base, **experts}, train_datasets={"_pretrained_": train["digit"], **train}
+)
 merged = fusion.merge(pool, "layerwise_least_squares")
 print(type(merged).__name__, merged.tasks)
 
@@ -65,7 +67,8 @@ for method in ("simple_average", "layerwise_least_squares"):
     accuracy[method] = [results[name]["accuracy"] for name in experts]
 
 # %%
-# One body comes close to three experts; the plain average does not.
+# One body in place of three. The plain average loses most on the third task, and least squares wins
+# back about half of it.
 
 from fusion.figures.style import house_style, new_figure, palette
 

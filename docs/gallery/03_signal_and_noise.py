@@ -41,9 +41,9 @@ with house_style():
         axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
         axes.set_title(f"{when}: SNR {result.snr:.2f}")
         axes.set_xlabel("singular value, in descending order")
-        axes.set_ylim(bottom=0)
     grid[0].set_ylabel("size, relative to the edge of noise")
-    grid[0].text(0.97, 1.03, "edge of noise", transform=grid[0].get_yaxis_transform(), ha="right")
+    grid[0].set_ylim(0, 1.1 * max(float(r.singular_values[0]) / r.threshold for r in found.values()))
+    grid[0].text(64, 1.03, "edge of noise", ha="right", fontsize=7)
 
 # %%
 # See :doc:`/mathematics/noise` for the model, and :doc:`/selection` for whether merging only the

@@ -41,3 +41,4 @@ whole = similarity_heatmap(analysis.similarity)
 # things in an image.
 
 layers = layer_agreement(analysis.layer_similarity)
+layers.axes[0].set_ylabel("layer")
