@@ -12,7 +12,6 @@ sys.path.insert(0, str(DOCS / "_extensions"))  # also imported by name, for the 
 logging.getLogger("fusion").setLevel(logging.WARNING)  # the gallery shows what scripts print
 
 project = "fusion"
-author = "The fusion authors"
 version = release = fusion.__version__
 extensions = [
     "myst_parser",
@@ -25,7 +24,7 @@ extensions = [
     "local_mathjax",
     "method_pages",
 ]
-exclude_patterns = ["_build", "_extensions", "gallery", "sg_execution_times.rst"]
+exclude_patterns = ["_build", "_extensions", "gallery"]
 default_role = "py:obj"
 
 # -- pages
@@ -53,11 +52,12 @@ sphinx_gallery_conf = {
     "reset_modules": (),
     "abort_on_example_error": True,
     "remove_config_comments": True,
+    "thumbnail_size": (420, 280),
     "show_memory": False,
     "show_signature": False,
     "download_all_examples": False,
     "copyfile_regex": "",
-    "min_reported_time": 0,
+    "write_computation_times": False,  # that page would fetch its table's script from a server
 }
 
 # -- the result: nothing in it asks a server
@@ -66,6 +66,7 @@ html_title = "fusion"
 html_static_path = ["_static"]
 html_css_files = ["manual.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 mathjax_path = "mathjax.js"  # beside the other static files; see _extensions/local_mathjax.py

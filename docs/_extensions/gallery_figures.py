@@ -1,4 +1,4 @@
-"""Shows the figures of the gallery's scripts: they are made without pyplot, so none is registered."""
+"""Shows the figures of the gallery's scripts, which are made without pyplot's registry."""
 
 from __future__ import annotations
 

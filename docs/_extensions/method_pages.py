@@ -80,7 +80,13 @@ def page(name: str) -> str:
     if target != "???":
         module = target.rpartition(".")[0]
         lines += [*heading("Definition", "-"), ""]
-        lines += [f".. currentmodule:: {module}", "", f".. autoclass:: {target}", "   :no-index:", ""]
+        lines += [
+            f".. currentmodule:: {module}",
+            "",
+            f".. autoclass:: {target}",
+            "   :no-index:",
+            "",
+        ]
     lines += options(name, rule)
     return "\n".join(lines)
 

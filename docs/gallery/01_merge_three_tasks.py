@@ -11,6 +11,7 @@ import torch
 
 import fusion
 from fusion.data import digits, grouped, quarter_turns
+from fusion.figures.style import house_style, new_figure, palette
 from fusion.models import CifarResNet
 from fusion.taskpool import ClassificationTaskPool
 from fusion.training import fit
@@ -69,8 +70,6 @@ for method in ("simple_average", "layerwise_least_squares"):
 # %%
 # One body in place of three. The plain average loses most on the third task, and least squares wins
 # back about half of it.
-
-from fusion.figures.style import house_style, new_figure, palette
 
 with house_style():
     figure = new_figure(width=5.0, height=2.6)

@@ -41,7 +41,8 @@ images = torch.stack([test[i][0] for i in range(8)])
 spec = permutation_spec(second, images[:1])
 aligned = align(second, first, spec=spec, by="activations", data=[images])
 with torch.no_grad():
-    print("largest change of an output:", float((aligned.model(images) - second(images)).abs().max()))
+    change = (aligned.model(images) - second(images)).abs().max()
+print(f"largest change of an output: {change:.1e}")
 print("units in", len(spec.groups), "groups;", sum(g.moved for g in aligned.groups), "moved")
 
 # %%

@@ -42,7 +42,8 @@ with house_style():
         axes.set_title(f"{when}: SNR {result.snr:.2f}")
         axes.set_xlabel("singular value, in descending order")
     grid[0].set_ylabel("size, relative to the edge of noise")
-    grid[0].set_ylim(0, 1.1 * max(float(r.singular_values[0]) / r.threshold for r in found.values()))
+    largest = max(float(result.singular_values[0]) / result.threshold for result in found.values())
+    grid[0].set_ylim(0, 1.1 * largest)
     grid[0].text(64, 1.03, "edge of noise", ha="right", fontsize=7)
 
 # %%

@@ -82,7 +82,11 @@ with house_style():
     axes = figure.add_subplot()
     for (name, values), style in zip(accuracy.items(), palette(3)[1:]):
         axes.plot(
-            strengths, values, label=name, color=style.color, marker=style.marker,
+            strengths,
+            values,
+            label=name,
+            color=style.color,
+            marker=style.marker,
             linestyle=style.linestyle,
         )
     axes.set_xlabel("noise on one of five experts, relative to its weights")

@@ -49,7 +49,11 @@ with house_style():
     axes = figure.add_subplot()
     for (method, values), style in zip(found.items(), palette(3)):
         axes.plot(
-            counts, values, label=method, color=style.color, marker=style.marker,
+            counts,
+            values,
+            label=method,
+            color=style.color,
+            marker=style.marker,
             linestyle=style.linestyle,
         )
     axes.set_xscale("log", base=2)

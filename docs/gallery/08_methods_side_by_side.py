@@ -57,7 +57,7 @@ with house_style():
     axes.barh(order, means, 0.6, color=COLORS[5])
     for row, name in enumerate(order):
         axes.plot(shares[name], [row] * len(alone), "o", color="black", markersize=2.5)
-        axes.annotate(f"{means[row]:.0f}", (1.02, row), xycoords=axes.get_yaxis_transform(), va="center")
+        axes.text(103, row, f"{means[row]:.0f}", va="center")
     axes.set_xlim(0, 102)
     axes.set_xlabel("accuracy as a share of the expert's own (%); right: mean")
 
