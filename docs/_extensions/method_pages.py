@@ -77,6 +77,8 @@ def page(name: str) -> str:
         lines += [*heading("At a glance", "-"), ""]
         for term, text in facts(rule).items():
             lines += [f"**{term}.** {text}", ""]
+    if name == "merge":  # its rule is the reader's; the page is about the pipeline
+        target = str(spec["_target_"])
     if target != "???":
         module = target.rpartition(".")[0]
         lines += [*heading("Definition", "-"), ""]
