@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def page(name: str) -> str:
         lines += [*heading("At a glance", "-"), ""]
         for term, text in facts(rule).items():
             lines += [f"**{term}.** {text}", ""]
+        lines += ["**When it helps.** Measured beside the others: :doc:`/methods`.", ""]
+    if number := papers().get(name):
+        lines += [f"**Paper.** `arXiv {number} <https://arxiv.org/abs/{number}>`__", ""]
     if name == "merge":  # its rule is the reader's; the page is about the pipeline
         target = str(spec["_target_"])
     if target != "???":
@@ -91,6 +95,13 @@ def page(name: str) -> str:
         ]
     lines += options(name, rule)
     return "\n".join(lines)
+
+
+@cache
+def papers() -> Mapping[str, str]:
+    """Return name of a method → arXiv number of its paper, where its docstring names one."""
+    table = methods()
+    return dict(zip(table["name"], table["paper"], strict=True))
 
 
 def facts(rule: Rule) -> dict[str, str]:
