@@ -319,7 +319,8 @@ def _locked(folder: Path) -> Iterator[None]:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        write_text(folder / _HOLDER, json.dumps(mine))
+        # Not by a temporary file, which a kill would leave: who reads half of it takes it for none.
+        (folder / _HOLDER).write_text(json.dumps(mine), encoding="utf-8")
         yield
     finally:
         (folder / _HOLDER).unlink(missing_ok=True)

@@ -41,7 +41,13 @@ _REFUSALS = (
     AssertionError,
     ModuleNotFoundError,
 )
-_EXTRAS = {"timm": "timm", "tensorboard": "tensorboard", "onnx": "onnx", "huggingface_hub": "hub"}
+_EXTRAS = {
+    "timm": "timm",
+    "tensorboard": "tensorboard",
+    "onnx": "onnx",
+    "huggingface_hub": "hub",
+    "wandb": "wandb",
+}
 
 
 def is_target(value: object) -> bool:

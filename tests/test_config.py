@@ -69,6 +69,8 @@ def test_every_option_binds_to_its_targets_signature(composed, choice) -> None:
     assert found
     for spec in found:
         path = spec["_target_"]
+        if path.startswith("wandb."):  # an extra that the tests do not install
+            pytest.importorskip("wandb")
         options = {key: given(value) for key, value in spec.items() if key not in WORDS}
         known = {key: value for key, value in options.items() if value != "???"}
         to_fill_in = len(known) < len(options)

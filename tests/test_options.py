@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 import fusion
@@ -207,3 +209,46 @@ def test_the_example_runs() -> None:
 
 def test_ranges_are_annotations_that_type_checkers_read() -> None:
     assert Annotated[int, words.Within(least=1, most=words.LARGEST)] == Count
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+PLAIN = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+ANNOTATIONS = st.sampled_from(
+    [
+        None, bool, int, float, str, Count, Positive, Fraction, Seed, Share, FilePath, ImageShape,
+        Classes, TargetMapping, Literal["a", "b"], Sequence[int], Mapping[str, float], int | None,
+        Sequence[Count] | Mapping[str, float] | None,
+    ]
+)  # fmt: skip
+
+
+@given(value=PLAIN, annotation=ANNOTATIONS)
+def test_any_value_fits_or_is_refused_in_a_sentence(value: object, annotation: Any) -> None:
+    found = misfit(value, annotation)
+    if found is None:
+        if annotation in (bool, int, str, None):
+            assert type(value) is (type(None) if annotation is None else annotation)
+        if annotation in (Count, Seed):
+            assert isinstance(value, int)
+            assert value >= 0
+        if annotation in (float, Positive, Fraction, Share):
+            assert isinstance(value, int | float)
+            assert math.isfinite(value)
+        return
+    sentence = found.sentence("option")
+    assert sentence.startswith("option")
+    assert "\n" not in sentence
+    assert "give " in sentence
+
+
+@given(values=st.lists(PLAIN, max_size=4), annotation=ANNOTATIONS)
+def test_a_list_fits_if_each_of_its_entries_does(values: list[object], annotation: Any) -> None:
+    whole = misfit(values, Sequence[annotation])
+    entries = [misfit(value, annotation) for value in values]
+    assert (whole is None) == all(entry is None for entry in entries)

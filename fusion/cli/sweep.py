@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 import sys
 import traceback
@@ -29,7 +30,8 @@ from fusion.run_folder import (
 
 log = logging.getLogger(__name__)
 
-_NO_MATTER = ("overwrite:", "print_config:")  # keys that change nothing in what a job computes
+# Keys that change nothing in what a job computes; places change when a folder is moved.
+_NO_MATTER = re.compile(r"\s*(overwrite|print_config|output_path|output_root|cache_dir):")
 _FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
 _MISTAKE = 2
 
@@ -144,4 +146,4 @@ def is_of(folder: Path, config: str) -> bool:
 
 def _comparable(config: str) -> list[str]:
     """Return the lines that matter: what a folder holds is compared as text, not read as YAML."""
-    return [line for line in config.splitlines() if not line.startswith(_NO_MATTER)]
+    return [line for line in config.splitlines() if not _NO_MATTER.match(line)]

@@ -28,7 +28,7 @@ _HOLLOW = ("s", "o", "P", "X", "*", "d")  # markers of merges that stand alone
 def study_share(
     table: pd.DataFrame, *, control: float | None = None, baseline: float | None = None
 ) -> Figure:
-    """Draw zero-shot accuracy, and that after each fine-tuning, against the share of layers.
+    """Draw accuracy, without and after each fine-tuning, against the share of layers.
 
     Lines join merges that differ in their share alone: ranked as most of the merges are. Those
     ranked at random are the grey line; other rankings and weightings stand as single points.
@@ -36,7 +36,7 @@ def study_share(
     Args:
         table: a row for each merge and fine-tuning with the columns ``share`` (0 to 1),
             ``interpolation``, ``series`` (``usual``, ``random`` or ``other``), ``name``,
-            ``strategy``, ``zero_shot_accuracy`` and ``finetuned_accuracy`` (0 to 1), each with
+            ``strategy``, ``merged_accuracy`` and ``finetuned_accuracy`` (0 to 1), each with
             its ``…_error``.
         control: accuracy of the base under the same batch-norm treatment, not merged.
         baseline: accuracy of the base with everything trained.
@@ -52,7 +52,7 @@ def study_share(
         for s in finetuning_order(table["strategy"])
         if table.loc[table["strategy"] == s, "finetuned_accuracy"].notna().any()
     ]
-    panels = [("zero_shot_accuracy", "", "zero-shot")]
+    panels = [("merged_accuracy", "", "without fine-tuning")]
     panels += [("finetuned_accuracy", s, f"{finetuning_style(s)[1]} trained") for s in tuned]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -64,7 +64,7 @@ def study_share(
             shown = table[table["strategy"] == strategy] if strategy else table
             _panel(axes, shown, column)
             axes.set_title(title, loc="left")
-            if control is not None and column == "zero_shot_accuracy":
+            if control is not None and column == "merged_accuracy":
                 axes.axhline(
                     100 * control,
                     color=BASE.color,

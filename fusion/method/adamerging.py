@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from fusion.merging.adaptation import (
 from fusion.merging.alignment import AlignBy
 from fusion.merging.assembly import Assembly
 from fusion.merging.heads import HeadChoice, merged_heads
+from fusion.merging.rule import Need
 from fusion.merging.rules import TaskArithmetic
 from fusion.method.merge import Merge
 from fusion.modelpool import BaseModelPool
@@ -59,6 +60,8 @@ class AdaMerging(Merge):
     Raises:
         UserError: an option that has no meaning.
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE, Need.IMAGES, Need.GRADIENTS})
 
     @checked
     def __init__(

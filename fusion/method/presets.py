@@ -128,7 +128,7 @@ def methods() -> pd.DataFrame:
         if str(about["_target_"]) == "???":
             continue
         target = locate(str(about["_target_"]))
-        needs = build(about).needs if "rule" in spec else ()
+        needs = build(about).needs if "rule" in spec else getattr(target, "needs", ())
         file = config_folder() / "method" / f"{name}.yaml"
         paper = _ARXIV.search(target.__doc__ or "") or _ARXIV.search(_module_doc(target))
         rows.append(

@@ -19,7 +19,7 @@ from fusion.merging.heads import HeadChoice, HeadPlan, plan_heads
 from fusion.merging.layer_scorer import LayerScorer
 from fusion.merging.layer_scores import LayerRecord
 from fusion.merging.members import LayerChoice, Members, layers_of
-from fusion.merging.rule import Rule
+from fusion.merging.rule import Need, Rule
 from fusion.merging.rules import Mean, Slerp, Ties
 from fusion.method.consistency import write_consistency
 from fusion.method.merge import Merge
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Weighting = Literal["snr", "equal"]
 Interpolation = Literal["lerp", "slerp", "ties"]
-Scoring = Literal["calibrated", "notebook"]
+Scoring = Literal["calibrated", "uncalibrated", "notebook"]
 
 
 class SNRSelectiveMerge(Merge):
@@ -62,13 +62,13 @@ class SNRSelectiveMerge(Merge):
         weighting: shares of the experts in each layer: ``snr`` (in proportion to their SNR, equal
             where all are 0), ``equal``, or one number per expert as a list or by name.
         interpolation: ``lerp`` (weighted mean), ``slerp`` (on the sphere), ``ties``.
-        scoring: ``calibrated``, or ``notebook`` (the formula without the factor √b, norm layers
+        scoring: ``calibrated``, or ``uncalibrated`` (the formula without the factor √b, norm layers
             ranked by themselves; kept for comparison only).
         batch_norm, head: see :class:`~fusion.method.Merge`. A head that is not merged like any
             layer is no candidate for selection.
         sigma, threshold, alpha: of the noise model, see :func:`fusion.spectrum.layer_snr`.
         density: of TIES: the share of each change that is kept, in (0, 1]; 0.2 by default. Under
-            ``scoring=notebook`` there is nothing to choose: its rule trims nothing.
+            ``scoring=uncalibrated`` there is nothing to choose: its rule trims nothing.
         scale: of TIES: the factor λ of the merged change; 1 by default, likewise.
         calibration_images: how many images ``recalibrate`` looks at, at most.
         batch_size: images per forward pass of the recalibration.
@@ -84,6 +84,7 @@ class SNRSelectiveMerge(Merge):
         UserError: an option that has no meaning.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
     without_alignment: ClassVar[str] = "align=false"
 
     @checked
@@ -109,13 +110,16 @@ class SNRSelectiveMerge(Merge):
         plot: bool = True,
         seed: Seed = 0,
     ) -> None:
+        if scoring == "notebook":
+            log.warning("scoring=notebook is now called scoring=uncalibrated")
+            scoring = "uncalibrated"
         super().__init__(
             rule=_rule(interpolation, scoring, density, scale),
             align="weights" if align else None,
             head=head,
             # The notebook left the base's buffers alone.
             batch_norm="pretrained"
-            if (batch_norm, scoring) == ("auto", "notebook")
+            if (batch_norm, scoring) == ("auto", "uncalibrated")
             else batch_norm,
             calibration_images=calibration_images,
             batch_size=batch_size,
@@ -202,14 +206,14 @@ class SNRSelectiveMerge(Merge):
         return result
 
     def prepared(self, members: Members) -> Members:
-        """Return the members; under the notebook's scoring every norm is a layer of its own."""
+        """Return the members; under uncalibrated scoring every norm is a layer of its own."""
         return dataclasses.replace(members, layers=self._layers(members.layers, members.network))
 
     def choose(self, members: Members, plan: HeadPlan) -> LayerChoice:
         """Score the layers, select the best, and weigh the experts in each of them."""
         self._experts = members.names
         scorer = LayerScorer(
-            None if self.scoring == "notebook" else self._snr,
+            None if self.scoring == "uncalibrated" else self._snr,
             with_task_vectors=self.rank_by == "task_vector",
             device=exact_device(self.fabric.device),
             progress=self.progress,
@@ -229,7 +233,7 @@ class SNRSelectiveMerge(Merge):
             write_consistency(self, result, members, merged_tensors=merged)
 
     def _layers(self, layers: Sequence[Layer], model: nn.Module) -> tuple[Layer, ...]:
-        split = self.scoring == "notebook"
+        split = self.scoring == "uncalibrated"
         return notebook.split_norms(layers, model) if split else tuple(layers)
 
     def _check_names(self, names: Sequence[str], modelpool: BaseModelPool) -> None:
@@ -261,7 +265,7 @@ class SNRSelectiveMerge(Merge):
         scores.score_layers(
             self._records, self.rank_by, base=PRETRAINED, experts=self._experts, seed=self.seed
         )
-        if self.scoring == "notebook":
+        if self.scoring == "uncalibrated":
             scores.select_top_ascending(self._records, self.top_p)
         else:
             scores.select_top(self._records, self.top_p)
@@ -273,7 +277,7 @@ def _rule(interpolation: str, scoring: str, density: float | None, scale: float 
     Raises:
         UserError: an option that this rule does not have.
     """
-    without_options = interpolation != "ties" or scoring == "notebook"
+    without_options = interpolation != "ties" or scoring == "uncalibrated"
     for option, value in (("density", density), ("scale", scale)):
         if without_options and value is not None:
             raise UserError(
@@ -284,7 +288,7 @@ def _rule(interpolation: str, scoring: str, density: float | None, scale: float 
         return Mean()
     if interpolation == "slerp":
         return Slerp()
-    if scoring == "notebook":
+    if scoring == "uncalibrated":
         return notebook.NotebookTies()
     return Ties(
         density=0.2 if density is None else density,

@@ -77,7 +77,7 @@ def _drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
     table["interpolation"] = table.get("method.interpolation")
     table["share"] = table.get("method.top_p")
     baseline = baseline_row(strategies)
-    merges = table[(table["algorithm"] != NO_MERGE) & table["zero_shot_accuracy"].notna()]
+    merges = table[(table["algorithm"] != NO_MERGE) & table["merged_accuracy"].notna()]
     if merges["share"].nunique() > 1:
         figure = study_share(
             _from_nothing(merges.assign(series=series(strategies).loc[merges.index])),

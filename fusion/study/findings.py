@@ -42,11 +42,11 @@ def findings(strategies: pd.DataFrame) -> list[str]:
             f"The baseline, the base with everything trained, reaches "
             f"{_percent(baseline['finetuned_accuracy'])} in {baseline['training_seconds']:.1f} s."
         )
-    if merged["zero_shot_accuracy"].notna().any():
-        best = merged.iloc[int(merged["zero_shot_accuracy"].argmax())]
+    if merged["merged_accuracy"].notna().any():
+        best = merged.iloc[int(merged["merged_accuracy"].argmax())]
         sentence = (
             f"The best merge without any training is {best['name']}, at "
-            f"{_percent(best['zero_shot_accuracy'])}"
+            f"{_percent(best['merged_accuracy'])}"
         )
         control = control_accuracy(strategies)
         if control is not None:
@@ -75,7 +75,7 @@ def series(strategies: pd.DataFrame) -> pd.Series[str]:
 
 def _of_chance(table: pd.DataFrame) -> list[str]:
     """Return how finely the test images can tell two models apart at all."""
-    accuracy, images = table["zero_shot_accuracy"].max(), table["images"].max()
+    accuracy, images = table["merged_accuracy"].max(), table["images"].max()
     if math.isnan(accuracy) or math.isnan(images):
         return []
     error = math.sqrt(accuracy * (1 - accuracy) / images)
@@ -109,7 +109,7 @@ def _against_chance(strategies: pd.DataFrame) -> list[str]:
     if ranked.empty:
         return []
     changes = []
-    for column, when in (("zero_shot_accuracy", "before"), ("finetuned_accuracy", "after")):
+    for column, when in (("merged_accuracy", "before"), ("finetuned_accuracy", "after")):
         difference = (ranked[column] - ranked[f"{column}_random"]).mean()
         if not math.isnan(difference):
             changes.append(f"{_points(difference)} {when} fine-tuning")

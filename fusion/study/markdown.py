@@ -35,7 +35,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("zero_shot_accuracy", "zero-shot accuracy (%)", 100, 1, "high"),
+    Column("merged_accuracy", "accuracy without fine-tuning (%)", 100, 1, "high"),
     Column("finetuned_accuracy", "fine-tuned accuracy (%)", 100, 1, "high"),
     Column("finetuned_f1", "fine-tuned F1 (%)", 100, 1, "high"),
     Column("training_seconds", "added time (s)", 1, 2, "low"),

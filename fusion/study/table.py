@@ -21,8 +21,8 @@ CHANGES = ("accuracy_change", "f1_change", "time_saving", "memory_saving")
 
 # The figures of a run, in the order of the columns; accuracies and F1 are shares, 0 to 1.
 FIGURES = (
-    "zero_shot_accuracy",
-    "zero_shot_f1",
+    "merged_accuracy",
+    "merged_f1",
     "finetuned_accuracy",
     "finetuned_f1",
     "training_seconds",
@@ -51,7 +51,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     Columns: ``run``, ``status``, ``error``; what was chosen (``algorithm``, ``method``,
     ``modelpool``, ``taskpool``, ``strategy`` of fine-tuning, ``seed``, and every option as
     ``method.<option>`` and ``finetune.<option>``); ``FIGURES`` on the first task; and every task's
-    as ``<task>/zero_shot/accuracy`` and so on. What a run does not have is missing.
+    as ``<task>/merged/accuracy`` and so on. What a run does not have is missing.
     """
     rows = [_row(run, order) for order, run in enumerate(runs)]
     table = pd.DataFrame(rows)
@@ -170,7 +170,7 @@ def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     control = next(iter(report.get("controls", [])), None)
     row["control"] = control
-    stages = {"zero_shot": "merged", "finetuned": "finetuned", "control": control}
+    stages = {"merged": "merged", "finetuned": "finetuned", "control": control}
     for stage, entry in stages.items():
         for number, (task, metrics) in enumerate(evaluation.get(entry, {}).items()):
             for metric in ("accuracy", "f1"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -15,12 +16,15 @@ from fusion.data import Preprocessing, batches, label_space, labels_of
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError
 from fusion.labels import LabelSpace, joint_space
+from fusion.models import MultiTaskNetwork
 from fusion.options import NON_EMPTY, Count, TargetMapping, checked
 from fusion.target import is_target
-from fusion.taskpool.answers import Call, JointRule, answer_of
+from fusion.taskpool.answers import Call, Ensemble, JointRule, answer_of
 from fusion.taskpool.base import BaseTaskPool, Contestant
 from fusion.taskpool.examinee import Examinee
 from fusion.weights import image_dtype
+
+log = logging.getLogger(__name__)
 
 JOINT = "joint"  # the task of telling apart the classes of all tasks
 # Networks that are measured in one pass over the images, at most: photographs are decoded once for
@@ -109,9 +113,12 @@ class ClassificationTaskPool(BaseTaskPool):
         results = self.evaluate_all({"model": Contestant(lambda: model, labels)})["model"]
         if not results:
             raise UserError(
-                f"the model answers none of the tasks {', '.join(self._tasks)}: each has classes "
-                f"beyond the model's outputs"
-                + ("" if labels is None else f", which stand for {labels}")
+                f"the model answers none of the tasks {', '.join(self._tasks)}: "
+                + (
+                    "nobody knows which classes its outputs stand for (pass labels)"
+                    if labels is None
+                    else f"each has classes beyond its outputs, which stand for {labels}"
+                )
             )
         return results
 
@@ -144,10 +151,25 @@ class ClassificationTaskPool(BaseTaskPool):
         everything = joint_space(known) if self.joint and len(known) == len(spaces) > 1 else None
         if everything is not None:
             questions[JOINT] = everything
+        # Of tasks that are no parts of one, only known classes say which of them outputs answer.
+        of_several = len(known) == len(spaces) and not any(
+            all(space.covers(other) for other in known) for space in known
+        )
         with contextlib.ExitStack() as stack:
             examinees = []
             for name, (model, labels) in models.items():
                 network, device = stack.enter_context(self._ready(model))
+                if (
+                    labels is None
+                    and of_several
+                    and not isinstance(network, Ensemble | MultiTaskNetwork)
+                ):
+                    log.warning(
+                        "Nobody knows the classes of '%s', and the tasks ask for different ones: "
+                        "it is not measured (the pool's option 'classes' names them)",
+                        name,
+                    )
+                    continue
                 answers = {
                     question: answer_of(
                         network, labels, question, classes, joint=self.joint or "softmax"
@@ -156,10 +178,11 @@ class ClassificationTaskPool(BaseTaskPool):
                 }
                 examinees.append(Examinee(name, device, answers))
             start = 0  # of the task's classes among all
-            for task, classes in spaces.items():
+            for task, classes in spaces.items() if examinees else ():
                 self._pose(task, classes, examinees, everything, start)
                 start += 0 if classes is None else len(classes)
-        return {examinee.name: examinee.results(questions) for examinee in examinees}
+        found = {examinee.name: examinee.results(questions) for examinee in examinees}
+        return {name: found.get(name, {}) for name in models}
 
     def _pose(
         self,

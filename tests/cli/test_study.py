@@ -126,6 +126,20 @@ def test_only_the_same_configuration_counts_as_finished(tmp_path: Path) -> None:
         already_finished(tmp_path, config.replace("0.1", "0.2"), overwrite=False)
 
 
+def test_a_folder_that_was_moved_is_resumed_with_another_cache(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    assert sweep("method=dummy", "seed=0,1") == 0
+    first = reports(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    given = ["-m", *SMALL, "method=dummy", "seed=0,1", "fast_dev_run=true"]
+    places = [f"path.cache_dir={tmp_path / 'other'}", f"output_path={tmp_path / 'moved'}"]
+    main([*given, *places])
+    (tmp_path / "moved").rename(tmp_path / "out")
+    assert reports(tmp_path) == first
+    assert not (tmp_path / "other").exists()
+
+
 def test_summarize_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["summarize=here", "seed=1"])

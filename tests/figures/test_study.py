@@ -27,7 +27,7 @@ def table() -> pd.DataFrame:
         ("LERP 10 %, at random", "head", "lerp", 0.1, 0.91, 0.92, 1.3, "random"),
         ("LERP 10 %, equal", "head", "lerp", 0.1, 0.90, 0.91, 1.4, "other"),
     ]
-    columns = ["name", "strategy", "interpolation", "share", "zero_shot_accuracy",
+    columns = ["name", "strategy", "interpolation", "share", "merged_accuracy",
                "finetuned_accuracy", "training_seconds", "series"]  # fmt: skip
     found = pd.DataFrame(rows, columns=columns)
     errors = {f"{name}_error": math.nan for name in columns[4:7]}

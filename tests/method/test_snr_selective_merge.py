@@ -253,7 +253,7 @@ def test_the_result_has_the_bases_dtype(base, peers) -> None:
     assert {t.dtype for t in whole.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("scoring", ["calibrated", "notebook"])
+@pytest.mark.parametrize("scoring", ["calibrated", "uncalibrated"])
 def test_the_memory_format_does_not_matter(pool, equal, scoring) -> None:
     other = {
         name: copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -423,7 +423,7 @@ def literal_score(weight: torch.Tensor) -> float:
 def test_the_notebook_to_the_letter(base, peers, top_p) -> None:
     experts = {name: peers[name] for name in ("p1", "p2")}
     result, algorithm = merge(
-        {"_pretrained_": base, **experts}, scoring="notebook", batch_norm="auto", top_p=top_p
+        {"_pretrained_": base, **experts}, scoring="uncalibrated", batch_norm="auto", top_p=top_p
     )
     names = [
         name
@@ -452,7 +452,7 @@ def test_the_notebook_to_the_letter(base, peers, top_p) -> None:
 
 def test_the_notebooks_rule_for_two_models(base, peers) -> None:
     """The mean of the changes where their signs agree, and no change where they differ."""
-    options = {"scoring": "notebook", "interpolation": "ties", "top_p": 1.0}
+    options = {"scoring": "uncalibrated", "interpolation": "ties", "top_p": 1.0}
     result, _ = merge({"_pretrained_": base, "a": peers["p1"], "b": peers["p2"]}, **options)
     one, other = (peers[name].conv1.weight - base.conv1.weight for name in ("p1", "p2"))
     change = torch.where(one.sign() == other.sign(), (one + other) / 2, 0.0)
@@ -513,7 +513,10 @@ def test_without_an_output_path_nothing_is_written(pool, tmp_path, monkeypatch) 
         ({"alpha": 2.0}, "alpha"),
         ({"density": 0.0, "interpolation": "ties"}, "density is 0.0"),
         ({"density": 0.5}, "density is an option of interpolation=ties"),
-        ({"scale": 2.0, "interpolation": "ties", "scoring": "notebook"}, "scale is an option of"),
+        (
+            {"scale": 2.0, "interpolation": "ties", "scoring": "uncalibrated"},
+            "scale is an option of",
+        ),
         ({"calibration_images": 1}, "calibration_images is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -22,7 +22,7 @@ def scores(accuracy: float) -> dict[str, Any]:
 def report(
     *,
     job: int,
-    zero_shot: float,
+    untuned: float,
     tuned: float | None = None,
     strategy: str = "full",
     method: dict[str, Any] | None = None,
@@ -32,7 +32,7 @@ def report(
     merged: int = 2,
 ) -> dict[str, Any]:
     """Return a report; without ``method`` options the base as it is."""
-    evaluation = {"merged": scores(zero_shot)}
+    evaluation = {"merged": scores(untuned)}
     finetune = None
     if tuned is not None:
         evaluation["finetuned"] = scores(tuned)
@@ -94,7 +94,7 @@ def leave_in(folder: Path) -> Leave:
 
 def small_study(leave: Leave) -> Path:
     """A baseline, two shares of LERP, TIES, chance, another ranking."""
-    leave(job=0, zero_shot=0.87, tuned=0.95, strategy="full", seconds=4.0)
+    leave(job=0, untuned=0.87, tuned=0.95, strategy="full", seconds=4.0)
     runs = [
         ("lerp", 0.1, "pretrained", 0.92, 0.94, 1.0),
         ("lerp", 1.0, "pretrained", 0.93, 0.96, 2.0),
@@ -106,7 +106,7 @@ def small_study(leave: Leave) -> Path:
         folder = leave(
             job=number,
             method={"top_p": share, "rank_by": rank, "interpolation": kind},
-            zero_shot=zero,
+            untuned=zero,
             tuned=tuned,
             seconds=seconds,
             strategy="selective",

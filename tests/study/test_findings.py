@@ -33,7 +33,7 @@ def test_findings_are_the_numbers_of_the_table(study: Path) -> None:
 
 def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
     merge = {"interpolation": "lerp", "top_p": 0.1}
-    folder = leave(job=0, method=merge, zero_shot=0.9, tuned=0.92, strategy="head")
+    folder = leave(job=0, method=merge, untuned=0.9, tuned=0.92, strategy="head")
     strategies = strategy_table(run_table(read_runs(folder)))
     assert baseline_row(strategies) is None
     assert strategies["accuracy_change"].isna().all()
@@ -44,7 +44,7 @@ def test_without_a_baseline_nothing_is_held_against_it(leave) -> None:
 def test_unequal_times_of_equal_work_are_told(leave) -> None:
     for job, seconds in enumerate((4.0, 16.0)):
         merge = {"interpolation": "lerp", "top_p": 0.1 * (job + 1)}
-        folder = leave(job=job, method=merge, zero_shot=0.9, tuned=0.92, seconds=seconds)
+        folder = leave(job=job, method=merge, untuned=0.9, tuned=0.92, seconds=seconds)
     strategies = strategy_table(run_table(read_runs(folder)))
     assert "between 4.0 and 16.0 s" in findings(strategies)[-1]
     steady = strategies.assign(training_seconds=4.0)
@@ -55,8 +55,8 @@ def test_changes_are_between_runs_of_one_seed(leave) -> None:
     """Seeds differ more from each other than merge and baseline do within one."""
     merge = {"interpolation": "lerp", "top_p": 0.1}
     for seed, level in enumerate((0.80, 0.90)):
-        leave(job=2 * seed, seed=seed, zero_shot=0.5, tuned=level)
-        folder = leave(job=2 * seed + 1, seed=seed, method=merge, zero_shot=0.5, tuned=level + 0.02)
+        leave(job=2 * seed, seed=seed, untuned=0.5, tuned=level)
+        folder = leave(job=2 * seed + 1, seed=seed, method=merge, untuned=0.5, tuned=level + 0.02)
     strategies = strategy_table(run_table(read_runs(folder)))
     assert strategies["accuracy_change"].tolist() == pytest.approx([0.0, 0.02])
     assert strategies["accuracy_change_error"].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)

@@ -8,8 +8,8 @@ from fusion.study.table import run_table, strategy_table
 
 
 def test_the_baseline_comes_first_and_the_best_is_marked(leave, study: Path) -> None:
-    leave(job=9, zero_shot=0.87, tuned=0.90, strategy="head", same_as=("selective",))
-    leave(job=10, zero_shot=0.87, tuned=0.95, strategy="full", seed=0)  # a repeated baseline
+    leave(job=9, untuned=0.87, tuned=0.90, strategy="head", same_as=("selective",))
+    leave(job=10, untuned=0.87, tuned=0.95, strategy="full", seed=0)  # a repeated baseline
     (study / "0" / "report.json").unlink()
     shown = lines(strategy_table(run_table(read_runs(study))))
     assert [line.baseline for line in shown] == [True, *[False] * 6]
@@ -29,11 +29,11 @@ def test_markdown_has_a_row_a_strategy(study: Path) -> None:
 
 
 def test_what_nobody_measured_has_no_column(leave) -> None:
-    folder = leave(job=0, zero_shot=0.9)
+    folder = leave(job=0, untuned=0.9)
     assert "time" not in markdown_table(strategy_table(run_table(read_runs(folder))))
 
 
 def test_seeds_show_their_standard_error(leave) -> None:
-    leave(job=0, zero_shot=0.90)
-    folder = leave(job=1, zero_shot=0.92, seed=1)
+    leave(job=0, untuned=0.90)
+    folder = leave(job=1, untuned=0.92, seed=1)
     assert "91.0 ± 1.0" in markdown_table(strategy_table(run_table(read_runs(folder))))

@@ -11,7 +11,7 @@ from fusion.study.runs import Run, read_runs, troubles
 
 def test_runs_stand_in_the_order_of_their_jobs(leave) -> None:
     for job in (10, 2, 1):
-        folder = leave(job=job, zero_shot=0.9)
+        folder = leave(job=job, untuned=0.9)
     assert [run.name for run in read_runs(folder)] == ["1", "2", "10"]
 
 

@@ -54,8 +54,8 @@ def test_a_sweep_in_which_all_failed_has_a_table(tmp_path: Path) -> None:
 
 
 def test_any_sweep_is_good_enough_and_gives_the_same_page_twice(leave) -> None:
-    leave(job=0, zero_shot=0.9)
-    folder = leave(job=1, zero_shot=0.91, seed=1)
+    leave(job=0, untuned=0.9)
+    folder = leave(job=1, untuned=0.91, seed=1)
     assert page(summarise(folder)) == page(summarise(folder))
 
 

@@ -16,7 +16,7 @@ def test_a_run_is_a_row_with_every_choice_and_figure(study: Path) -> None:
     row = table.loc["2"]
     assert (row["method"], row["strategy"], row["seed"]) == ("snr_selective_merge", "selective", 0)
     assert (row["method.interpolation"], row["method.top_p"]) == ("lerp", 1.0)
-    assert row["zero_shot_accuracy"] == 0.93
+    assert row["merged_accuracy"] == 0.93
     assert row["finetuned_f1"] == pytest.approx(0.95)
     assert row["digits/control/accuracy"] == row["control_accuracy"] == 0.9
     assert row["consistency_all_layers"] == 0.5
@@ -27,17 +27,17 @@ def test_a_run_is_a_row_with_every_choice_and_figure(study: Path) -> None:
 
 def test_seeds_become_mean_and_standard_error(leave) -> None:
     for job, (seed, accuracy) in enumerate([(0, 0.90), (1, 0.94), (2, 0.98)]):
-        folder = leave(job=job, seed=seed, method=LERP, zero_shot=accuracy)
-    folder = leave(job=3, seed=0, method={**LERP, "top_p": 0.2}, zero_shot=0.5)
+        folder = leave(job=job, seed=seed, method=LERP, untuned=accuracy)
+    folder = leave(job=3, seed=0, method={**LERP, "top_p": 0.2}, untuned=0.5)
     strategies = strategy_table(run_table(read_runs(folder)))
     assert strategies["seeds"].tolist() == [3, 1]
-    assert strategies["zero_shot_accuracy"].tolist() == pytest.approx([0.94, 0.5])
-    assert strategies["zero_shot_accuracy_error"][0] == pytest.approx(0.04 / math.sqrt(3))
-    assert math.isnan(strategies["zero_shot_accuracy_error"][1])
+    assert strategies["merged_accuracy"].tolist() == pytest.approx([0.94, 0.5])
+    assert strategies["merged_accuracy_error"][0] == pytest.approx(0.04 / math.sqrt(3))
+    assert math.isnan(strategies["merged_accuracy_error"][1])
 
 
 def test_what_did_not_finish_counts_in_no_mean(leave) -> None:
-    folder = leave(job=0, method=LERP, zero_shot=0.9)
+    folder = leave(job=0, method=LERP, untuned=0.9)
     (folder / "1" / ".running-x").mkdir(parents=True)
     table = run_table(read_runs(folder))
     assert table["status"].tolist() == ["finished", "unfinished"]
@@ -45,15 +45,15 @@ def test_what_did_not_finish_counts_in_no_mean(leave) -> None:
 
 
 def test_options_that_are_lists_are_choices_too(leave) -> None:
-    leave(job=0, method={**LERP, "rank_by": ["a", "b"]}, zero_shot=0.9)
-    folder = leave(job=1, method={**LERP, "rank_by": ["a"]}, zero_shot=0.8)
+    leave(job=0, method={**LERP, "rank_by": ["a", "b"]}, untuned=0.9)
+    folder = leave(job=1, method={**LERP, "rank_by": ["a"]}, untuned=0.8)
     assert len(strategy_table(run_table(read_runs(folder)))) == 2
 
 
 def test_an_alignment_is_told(leave) -> None:
     import json
 
-    folder = leave(job=0, method=LERP, zero_shot=0.9)
+    folder = leave(job=0, method=LERP, untuned=0.9)
     file = folder / "0" / "report.json"
     content = json.loads(file.read_text())
     content["algorithm"]["alignment"] = {

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fusion
-from fusion.data import ClassSubset, ImageTensors, batches
+from fusion.data import ClassSubset, ImageTensors, batches, quarter_turns
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
-from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool, Contestant
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,21 @@ def test_classes_that_nobody_knows_are_assumed_aloud(base, images, caplog) -> No
         found = tasks.evaluate(base)
     assert list(found) == ["all"]  # never by position: ten outputs are not the classes 4 and 9
     assert "Nobody knows the classes of 'model'" in caplog.text
+
+
+def test_unknown_classes_answer_no_task_where_the_tasks_differ(base, net, images, caplog) -> None:
+    """Ten outputs may be the ten digits, or nothing of the kind: the other task says it is open."""
+    tasks = ClassificationTaskPool({"digit": images, "turn": quarter_turns(images)})
+    known = LabelSpace.of(images.class_names)
+    with caplog.at_level(logging.WARNING, "fusion"):
+        found = tasks.evaluate_all(
+            {"open": Contestant(lambda: base), "known": Contestant(lambda: base, known)}
+        )
+    assert found["open"] == {}
+    assert list(found["known"]) == ["digit"]
+    assert "classes of 'open', and the tasks ask for different ones" in caplog.text
+    with pytest.raises(UserError, match="nobody knows which classes its outputs stand for"):
+        tasks.evaluate(base)
 
 
 def test_one_batch_is_enough_for_a_trial(base, images) -> None:

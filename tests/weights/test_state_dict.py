@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from fusion.errors import UserError
@@ -135,3 +138,58 @@ def test_the_trainable_part_leaves_out_buffers_frozen_and_tied_names(network):
         "head.bias",
     }
     assert not any(tensor.requires_grad for tensor in trainable.values())
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn, count: int = 2) -> list[dict[str, Tensor]]:
+    """State dicts of one form: tensors of any shape, also empty or 0-dim, and counters."""
+    shapes = draw(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4))
+    dtypes = [
+        draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64]))
+        for _ in shapes
+    ]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    return [
+        {
+            f"t{n}": (8 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+            for n, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        }
+        for _ in range(count)
+    ]
+
+
+@given(pair=state_dicts())
+def test_differences_and_sums_undo_each_other(pair) -> None:
+    base, expert = pair
+    again = state_dict_add(state_dict_sub(expert, base), base)
+    assert again.keys() == base.keys()
+    for key, tensor in again.items():
+        assert tensor.dtype == base[key].dtype
+        wanted = expert[key]
+        assert_close(
+            tensor, wanted, rtol=1e-2 if tensor.dtype == torch.float16 else 1e-4, atol=0.05
+        )
+
+
+@given(pair=state_dicts(), weight=st.floats(0, 1))
+def test_means_lie_between_and_copies_are_kept(pair, weight: float) -> None:
+    one, other = pair
+    for key, tensor in state_dict_avg([one, one, one]).items():
+        assert torch.equal(tensor, one[key])
+    mean = state_dict_weighted_sum([one, other], [weight, 1 - weight])
+    for key, tensor in mean.items():
+        if tensor.is_floating_point() and tensor.numel():
+            slack = 0.05 if tensor.dtype == torch.float16 else 1e-3
+            assert (tensor >= torch.minimum(one[key], other[key]) - slack).all()
+            assert (tensor <= torch.maximum(one[key], other[key]) + slack).all()
+        else:
+            assert torch.equal(tensor, one[key])
+
+
+@given(pair=state_dicts(count=1))
+def test_a_vector_holds_all_numbers_and_gives_them_back(pair) -> None:
+    (state,) = pair
+    again = vector_to_state_dict(state_dict_to_vector(state), state)
+    assert again.keys() == state.keys()
+    for key, tensor in again.items():
+        assert torch.equal(tensor, state[key])
