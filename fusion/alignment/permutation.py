@@ -24,12 +24,38 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def identity_permutation(spec: PermutationSpec) -> dict[str, Tensor]:
-    """Return the permutation that leaves every unit where it is."""
+    """Return the permutation that leaves every unit where it is.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import identity_permutation, permutation_spec
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> all(p.tolist() == sorted(p.tolist()) for p in identity_permutation(spec).values())
+        True
+    """
     return {group.name: torch.arange(group.size, device="cpu") for group in spec.groups}
 
 
 def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor]:
-    """Draw a permutation of every group, each from ``seed`` and the group's name alone."""
+    """Draw a permutation of every group, each from ``seed`` and the group's name alone.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import apply_permutation, permutation_spec, random_permutation
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> other = apply_permutation(model, spec, random_permutation(spec, seed=1))
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> torch.equal(model.conv1.weight, other.conv1.weight)
+        False
+        >>> torch.allclose(model(images), other(images), atol=1e-5)
+        True
+    """
     drawn = {}
     for group in spec.groups:
         drawn[group.name] = random_order(group.size, f"{seed}/{group.name}")
@@ -44,7 +70,22 @@ def random_order(n: int, key: str) -> Tensor:
 
 
 def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tensor]:
-    """Return the permutation that undoes ``permutations``."""
+    """Return the permutation that undoes ``permutations``.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import apply_permutation, inverse
+        >>> from fusion.alignment import permutation_spec, random_permutation
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> drawn = random_permutation(spec)
+        >>> there = apply_permutation(model, spec, drawn)
+        >>> back = apply_permutation(there, spec, inverse(spec, drawn))
+        >>> torch.equal(model.conv1.weight, back.conv1.weight)
+        True
+    """
     full = _complete(spec, permutations)
     result = {name: torch.argsort(p) for name, p in full.items()}
     for blocks in spec.groups:
@@ -56,7 +97,22 @@ def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tens
 
 
 def compose(spec: PermutationSpec, first: Permutations, then: Permutations) -> dict[str, Tensor]:
-    """Return the permutation that does ``first`` and ``then`` in one step."""
+    """Return the permutation that does ``first`` and ``then`` in one step.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import apply_permutation, compose
+        >>> from fusion.alignment import permutation_spec, random_permutation
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> a, b = random_permutation(spec, 1), random_permutation(spec, 2)
+        >>> steps = apply_permutation(apply_permutation(model, spec, a), spec, b)
+        >>> once = apply_permutation(model, spec, compose(spec, a, b))
+        >>> torch.equal(steps.conv1.weight, once.conv1.weight)
+        True
+    """
     a, b = _complete(spec, first), _complete(spec, then)
     result = {name: p[b[name]] for name, p in a.items()}
     for blocks in spec.groups:
@@ -90,6 +146,19 @@ def apply_permutation(
     Raises:
         UserError: a group that the spec does not have, something that is not a permutation of the
             group's size, or a tensor that is missing or too short.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import apply_permutation, permutation_spec
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> group = spec.groups[0]
+        >>> reversed_units = {group.name: torch.arange(group.size).flip(0)}
+        >>> other = apply_permutation(model, spec, reversed_units)
+        >>> torch.equal(other.conv1.weight, model.conv1.weight.flip(0))
+        True
     """
     check_permutations(spec, permutations)
     if isinstance(target, nn.Module):

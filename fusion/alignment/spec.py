@@ -121,6 +121,17 @@ def spec_from_table(
 
     Raises:
         UserError: a tensor or an axis that the model does not have, or sizes that differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.alignment import spec_from_table
+        >>> first, second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+        >>> hidden = [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)]
+        >>> spec = spec_from_table(model, {"hidden": hidden})
+        >>> spec.groups[0].size
+        8
     """
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     groups = []

@@ -47,6 +47,16 @@ def permutation_spec(
 
     Example::
 
+        >>> import torch
+        >>> from fusion.alignment import permutation_spec
+        >>> from fusion.models import CifarResNet
+        >>> model = CifarResNet(8).eval()
+        >>> spec = permutation_spec(model, torch.zeros(1, 3, 32, 32))
+        >>> [group.size for group in spec.groups]
+        [16, 16, 32, 16, 64, 32]
+
+    Of a detector, only what comes before its anchors::
+
         def heads(detector, images):
             return detector.head(list(detector.backbone(images).values()))
 

@@ -111,6 +111,13 @@ def methods() -> pd.DataFrame:
 
     ``needs`` says what a method cannot do without beside the experts, ``paper`` is its arXiv
     number.
+
+    Example::
+
+        >>> import fusion
+        >>> table = fusion.methods().set_index("name")
+        >>> table.loc["regmean", "needs"], table.loc["regmean", "paper"]
+        ('images without labels', '2212.09849')
     """
     import pandas as pd
 

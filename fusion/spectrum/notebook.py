@@ -23,6 +23,14 @@ def notebook_score(tensor: Tensor) -> float:
     A tensor of shape (out, …) is flattened to (out, rest), one of a single dimension n to (1, n).
     τ = IQR(s)/1.349 · (1 + √β) with β = short side / long side. Where no singular value is noise
     the denominator is 1; where none is signal the score is 0.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.spectrum import notebook_score
+        >>> weight = torch.diag(torch.tensor([8.0, 1.0, 0.5]))
+        >>> notebook_score(weight) > notebook_score(10 * weight)  # it depends on the unit
+        True
     """
     matrix = to_float64(tensor)
     matrix = matrix.reshape(1, -1) if matrix.ndim < 2 else matrix.flatten(1)

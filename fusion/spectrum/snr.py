@@ -91,6 +91,18 @@ def layer_snr(
     Raises:
         UserError: an unknown rule, ``alpha`` out of range, groups that do not divide the weight, or
             a weight that is not of finite floating-point numbers.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.spectrum import layer_snr
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> noise = torch.randn(64, 32, 3, 3, generator=generator)
+        >>> layer_snr(noise).signal_rank
+        0
+        >>> signal = noise + 10 * torch.ones(64, 1, 1, 1) * torch.ones(1, 32, 3, 3)
+        >>> layer_snr(signal).signal_rank
+        1
     """
     _check_choice("sigma", sigma, get_args(SigmaRule))
     _check_choice("threshold", threshold, get_args(ThresholdRule))
@@ -140,6 +152,15 @@ def as_matrix(weight: Tensor, groups: int = 1) -> Tensor:
 
     Raises:
         UserError: ``groups`` does not divide the first dimension.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.spectrum import as_matrix
+        >>> as_matrix(torch.zeros(8, 2, 3, 3), groups=4).shape  # 4 groups of 2 outputs
+        torch.Size([4, 2, 18])
+        >>> as_matrix(torch.zeros(8, 1, 3, 3), groups=8).shape  # depthwise
+        torch.Size([1, 8, 9])
     """
     rows = weight.reshape(1, -1) if weight.ndim < 2 else weight.flatten(1)
     if groups < 1 or len(rows) % groups:

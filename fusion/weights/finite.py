@@ -15,6 +15,13 @@ def is_finite(tensor: Tensor) -> bool:
 
     The smallest and the largest entry say it. ``isfinite`` writes a tensor of truth values, and
     takes several times as long.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import is_finite
+        >>> is_finite(torch.ones(3)), is_finite(torch.tensor([1.0, float("nan")]))
+        (True, False)
     """
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)

@@ -25,6 +25,13 @@ def lerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
     Raises:
         UserError: the shapes differ, or a tensor is not floating-point.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import lerp
+        >>> lerp(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), 0.25)
+        tensor([0.5000, 3.0000])
     """
     start, end = working_operands([a, b])
     return torch.lerp(start, end, float(t)).to(a.dtype)
@@ -45,6 +52,13 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float] | None = N
 
     Raises:
         UserError: shapes, dtypes or weights that cannot be averaged.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import weighted_mean
+        >>> weighted_mean([torch.tensor([0.0, 4.0]), torch.tensor([4.0, 0.0])], [3, 1])
+        tensor([1., 3.])
     """
     operands = working_operands(tensors)
     shares = normalised_weights(weights, len(operands))

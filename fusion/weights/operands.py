@@ -44,6 +44,12 @@ def normalised_weights(weights: Sequence[float] | None, count: int) -> list[floa
 
     Raises:
         UserError: not one weight for each tensor, a negative or non-finite one, or all zero.
+
+    Example::
+
+        >>> from fusion.weights import normalised_weights
+        >>> normalised_weights([3, 1], 2), normalised_weights(None, 2)
+        ([0.75, 0.25], [0.5, 0.5])
     """
     if weights is None:
         return [1 / count] * count

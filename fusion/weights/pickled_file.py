@@ -55,6 +55,19 @@ def load_pickled(path: Path) -> object:
     Raises:
         UserError: there is no such file, it is no file of ``torch.save``, it is damaged, or it
             holds objects whose code would have to run.
+
+    Example::
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from fusion.weights import load_pickled, state_dicts
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name, "model.pth")
+        >>> torch.save({"epoch": 3, "state_dict": {"w": torch.ones(2)}}, path)
+        >>> load_pickled(path)["epoch"]
+        3
+        >>> folder.cleanup()
     """
     if not path.is_file():
         raise UserError(f"there is no file '{path}'; give the path of a checkpoint")
@@ -80,6 +93,14 @@ def state_dicts(content: object) -> dict[str, StateDictSource]:
     The path of ``content`` itself is the empty string. What is no tensor in such a mapping (an
     epoch, a learning rate) is left out, and a mapping that stands in several places is returned
     once.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dicts
+        >>> content = {"epoch": 3, "state_dict": {"w": torch.ones(2)}}
+        >>> {key: list(source) for key, source in state_dicts(content).items()}
+        {'state_dict': ['w']}
     """
     found: dict[str, StateDictSource] = {}
     seen: set[int] = set()
@@ -105,6 +126,14 @@ def require_dense(source: TensorSource, names: Iterable[str], *, path: Path) -> 
 
     Raises:
         UserError: names one that is sparse, quantized or on the meta device.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from fusion.weights import StateDictSource, require_dense
+        >>> source = StateDictSource({"w": torch.ones(2)})
+        >>> require_dense(source, ["w"], path=Path("model.pth"))  # a sparse tensor would raise
     """
     for name in names:
         tensor = source[name]

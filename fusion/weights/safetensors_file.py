@@ -92,6 +92,18 @@ def save_safetensors(
 
     Raises:
         UserError: a metadata value is not a string, or has the reserved key ``TIED``.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from fusion.weights import load_safetensors, save_safetensors
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/model.safetensors"
+        >>> save_safetensors(path, {"w": torch.ones(2)}, {"note": "ones"})
+        >>> load_safetensors(path)
+        {'w': tensor([1., 1.])}
+        >>> folder.cleanup()
     """
     notes = checked_notes(path, metadata)
     tensors = dict(tensors)  # a lazy mapping is read once; every tensor keeps an address of its own
@@ -125,6 +137,20 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from fusion.weights import load_safetensors, save_safetensors
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/model.safetensors"
+        >>> shared = torch.ones(2)
+        >>> save_safetensors(path, {"a": shared, "b": shared})
+        >>> found = load_safetensors(path)
+        >>> found["a"] is found["b"]
+        True
+        >>> folder.cleanup()
     """
     source = SafetensorsSource(path)
     tensors: dict[str, Tensor] = {}
@@ -139,6 +165,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from fusion.weights import read_metadata, save_safetensors
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/model.safetensors"
+        >>> save_safetensors(path, {"w": torch.ones(2)}, {"note": "ones"})
+        >>> read_metadata(path)
+        {'note': 'ones'}
+        >>> folder.cleanup()
     """
     return SafetensorsSource(path).metadata
 
@@ -151,6 +189,18 @@ def map_safetensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from fusion.weights import map_safetensors, save_safetensors
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/model.safetensors"
+        >>> save_safetensors(path, {"w": torch.ones(2)})
+        >>> map_safetensors(path)
+        {'w': tensor([1., 1.])}
+        >>> folder.cleanup()
     """
     tied = SafetensorsSource(path).tied
     tensors = load_file(path)

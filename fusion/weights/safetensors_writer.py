@@ -41,6 +41,20 @@ def writing_safetensors(
     Raises:
         UserError: a metadata value is not a string, or has the reserved key ``TIED``; there is not
             enough room on the disk.
+
+    Example::
+
+        >>> import tempfile
+        >>> import torch
+        >>> from fusion.weights import TensorInfo, load_safetensors, writing_safetensors
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/model.safetensors"
+        >>> with writing_safetensors(path, {"w": TensorInfo((4,), torch.float32)}) as writer:
+        ...     writer.write("w", 0, torch.zeros(2))
+        ...     writer.write("w", 2, torch.ones(2))
+        >>> load_safetensors(path)
+        {'w': tensor([0., 0., 1., 1.])}
+        >>> folder.cleanup()
     """
     notes = checked_notes(path, metadata)
     if tied:

@@ -116,6 +116,13 @@ def tensors_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Tenso
         module: the module.
         keep_vars: return the parameters themselves, by which tied ones are known, rather than
             tensors that share their values.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import tensors_of
+        >>> list(tensors_of(torch.nn.BatchNorm2d(4)))
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     named |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
@@ -130,6 +137,15 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Args:
         module: the module; keys that are missing from ``tensors`` keep their values.
         tensors: state-dict keys and tensors, of the module's shapes.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import load_tensors, tensors_of
+        >>> ours, theirs = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> load_tensors(ours, tensors_of(theirs))
+        >>> torch.equal(ours.weight, theirs.weight)
+        True
     """
     current = tensors_of(module)
     for key, tensor in tensors.items():

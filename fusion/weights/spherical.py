@@ -46,6 +46,13 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
     Raises:
         UserError: the shapes differ, or a tensor is not floating-point.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import slerp
+        >>> slerp(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0]), 0.5)  # norm 2 at 45 degrees
+        tensor([1.4142, 1.4142])
     """
     start, end = working_operands([a, b])
     t = float(t)
@@ -82,6 +89,13 @@ def spherical_mean(tensors: Sequence[Tensor], weights: Sequence[float] | None = 
 
     Raises:
         UserError: shapes, dtypes or weights that cannot be averaged.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import spherical_mean
+        >>> spherical_mean(list(torch.eye(3)))  # of norm 1, as they are
+        tensor([0.5774, 0.5774, 0.5774])
     """
     operands = working_operands(tensors)
     shares = normalised_weights(weights, len(operands))

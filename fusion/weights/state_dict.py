@@ -28,6 +28,15 @@ def state_dict_add(a: StateDict, b: StateDict) -> dict[str, Tensor]:
 
     Raises:
         UserError: keys or shapes differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_add
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> b = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(9)}
+        >>> state_dict_add(a, b)
+        {'w': tensor([4., 8.]), 'steps': tensor(7)}
     """
     return state_dict_weighted_sum([a, b], [1.0, 1.0])
 
@@ -37,12 +46,30 @@ def state_dict_sub(a: StateDict, b: StateDict) -> dict[str, Tensor]:
 
     Raises:
         UserError: keys or shapes differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_sub
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> b = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(9)}
+        >>> state_dict_sub(b, a)
+        {'w': tensor([2., 4.]), 'steps': tensor(9)}
     """
     return state_dict_weighted_sum([a, b], [1.0, -1.0])
 
 
 def state_dict_mul(state_dict: StateDict, factor: float) -> dict[str, Tensor]:
-    """Return ``factor * state_dict``; integer buffers are carried over."""
+    """Return ``factor * state_dict``; integer buffers are carried over.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_mul
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> state_dict_mul(a, 0.5)
+        {'w': tensor([0.5000, 1.0000]), 'steps': tensor(7)}
+    """
     return state_dict_weighted_sum([state_dict], [factor])
 
 
@@ -51,6 +78,15 @@ def state_dict_avg(state_dicts: Sequence[StateDict]) -> dict[str, Tensor]:
 
     Raises:
         UserError: no state dict, or keys or shapes differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_avg
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> b = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(9)}
+        >>> state_dict_avg([a, b])
+        {'w': tensor([2., 4.]), 'steps': tensor(7)}
     """
     return _combine(state_dicts, weighted_mean)
 
@@ -64,6 +100,15 @@ def state_dict_weighted_sum(
 
     Raises:
         UserError: no state dict, not one weight for each, or keys or shapes differ.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_weighted_sum
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> b = {"w": torch.tensor([3.0, 6.0]), "steps": torch.tensor(9)}
+        >>> state_dict_weighted_sum([a, b], [1.0, -0.5])
+        {'w': tensor([-0.5000, -1.0000]), 'steps': tensor(7)}
     """
     if len(weights) != len(state_dicts):
         raise UserError(
@@ -86,6 +131,14 @@ def state_dict_to_vector(state_dict: StateDict) -> Tensor:
 
     Tensors follow each other in key order, each in C order whatever its memory format. Integer
     buffers are left out. The dtype is the widest one of the tensors, float32 for none.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import state_dict_to_vector
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> state_dict_to_vector(a)
+        tensor([1., 2.])
     """
     flat = [tensor.detach().reshape(-1) for tensor in state_dict.values() if _has_mean(tensor)]
     return torch.cat(flat) if flat else torch.zeros(0)
@@ -98,6 +151,14 @@ def vector_to_state_dict(vector: Tensor, like: StateDict) -> dict[str, Tensor]:
 
     Raises:
         UserError: the vector does not have as many elements as ``like`` has floating-point ones.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import vector_to_state_dict
+        >>> a = {"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}
+        >>> vector_to_state_dict(torch.tensor([5.0, 6.0]), like=a)
+        {'w': tensor([5., 6.]), 'steps': tensor(7)}
     """
     needed = sum(tensor.numel() for tensor in like.values() if _has_mean(tensor))
     if vector.shape != (needed,):
@@ -121,6 +182,15 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of ``module`` that require a gradient, detached, not copied.
 
     A parameter that is shared under several names stands under its first one only.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import trainable_state_dict
+        >>> model = torch.nn.Linear(2, 2)
+        >>> _ = model.bias.requires_grad_(False)
+        >>> list(trainable_state_dict(model))
+        ['weight']
     """
     return {
         name: parameter.detach()
@@ -138,6 +208,16 @@ def require_same_keys(state_dicts: Sequence[StateDict], names: Sequence[str] | N
 
     Raises:
         UserError: names the first state dict that differs, and its keys.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import require_same_keys
+        >>> a, b = {"fc.weight": torch.zeros(2)}, {"fc.weigth": torch.zeros(2)}
+        >>> require_same_keys([a, b], ["base", "expert"])
+        Traceback (most recent call last):
+            ...
+        fusion.errors.UserError: expert lacks 'fc.weight' and also has 'fc.weigth'; ...
     """
     names = names or [f"state dict {position}" for position in range(len(state_dicts))]
     first = state_dicts[0]

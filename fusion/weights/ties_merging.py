@@ -43,6 +43,14 @@ def ties(
 
     Raises:
         UserError: shapes, dtypes, weights or a density that have no meaning here.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import ties
+        >>> experts = [torch.tensor([4.0, 0.1, 2.0]), torch.tensor([2.0, 0.0, -3.0])]
+        >>> ties(torch.zeros(3), experts, density=0.6)
+        tensor([ 3.,  0., -3.])
     """
     if not tensors:
         raise UserError("there is nothing to merge: give at least one tensor beside the base")
@@ -86,6 +94,13 @@ def trim(change: Tensor, density: float) -> Tensor:
 
     Raises:
         UserError: ``density`` is not in (0, 1].
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.weights import trim
+        >>> trim(torch.tensor([0.1, -3.0, 2.0, 0.5]), 0.5)
+        tensor([ 0., -3.,  2.,  0.])
     """
     if not 0 < density <= 1:
         raise UserError(f"density is {density}; it is the share that is kept, in (0, 1]")

@@ -32,7 +32,7 @@ class RegMean(Rule):
     :math:`\bar W`, not towards 0: what the data says nothing about is averaged. All is float64.
 
     A convolution is a linear map of the patches under its kernel, one for each group, with the
-    columns of :meth:`Piece.matrices <fusion.merging.rule.Piece.matrices>`; depthwise kernels are
+    columns of :meth:`Piece.matrices <fusion.merging.Piece.matrices>`; depthwise kernels are
     solved, too. The bias is the weight of one more input that is 1, and is solved along with the
     weight; the paper averages biases, and other implementations take ``nn.Linear`` alone. Norm
     parameters, and weights and biases of layers that bring no Gram matrix (which the data never

@@ -10,7 +10,8 @@ reads it from a piece, for n experts:
     run, or not as a module of torch's own kind, have none.
 ``piece.statistics["fisher"]``, (n, *shape), of every parameter: the mean over examples of the
     squared gradient of log p(y | x), y as the model predicts it.
-``piece.statistics["empirical_fisher"]``, (n, *shape): the same, y the true label.
+``piece.statistics["empirical_fisher"]``, (n, *shape), of every parameter:
+    the same with y the true label.
 ``piece.statistics["cross"]``, (n, g, out/g, d + 1), for sequential rules alone: the mean of y x̃ᵀ,
     where y is what the expert's layer returns, bias included, on the same images as x̃, which
     stands behind the layers that are merged already.

@@ -28,7 +28,7 @@ class Moments:
     x̃ is the layer's input patch behind the merged prefix, and a 1; y is what the expert's layer
     returns in the expert, bias included. All are means over images and output positions, float64
     on the CPU; columns have the order of :meth:`Piece.matrices
-    <fusion.merging.rule.Piece.matrices>`. The weight and bias W̃ that send x̃ most nearly to y solve
+    <fusion.merging.Piece.matrices>`. The weight and bias W̃ that send x̃ most nearly to y solve
     W̃ · xx = yx.
 
     Attributes:

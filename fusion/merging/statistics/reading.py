@@ -37,7 +37,7 @@ class Reading:
 
     The input patch of an output position holds, for each channel of a group and each position of
     the kernel, the value that the weight multiplies there; its entries have the order of the
-    columns of :meth:`Piece.matrices <fusion.merging.rule.Piece.matrices>`.
+    columns of :meth:`Piece.matrices <fusion.merging.Piece.matrices>`.
 
     Attributes:
         values: (n, g, c, *sizes of the axes), c input channels in each of g groups.
