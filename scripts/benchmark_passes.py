@@ -4,11 +4,11 @@
 
 Both are timed beside the way without sharing, in the same run, in turn, several times; printed are
 the medians of wall and CPU time (the latter says more on a machine that is not free), the ratio,
-and how many images entered a network (also where a pass ends early). Without sharing, REPAIR measures both ends anew at each
-point and takes a pass for each layer, with `torch.var_mean`; matching runs both networks for each
-direction of each expert, the reference among them. The images are noise of CIFAR-10's shape: what
-they show has no influence on the time. The two ways must agree: REPAIR to rounding, matching in
-every bit.
+and how many images entered a network, also where a pass ends early. Without sharing, REPAIR
+measures both ends anew at each point and takes a pass for each layer, with `torch.var_mean`;
+matching runs both networks for each direction of each expert, the reference among them. The images
+are noise of CIFAR-10's shape: what they show has no influence on the time. The two ways must agree:
+REPAIR to rounding (the sums are taken in another order), matching in every bit.
 """
 
 from __future__ import annotations
