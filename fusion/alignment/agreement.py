@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from fusion.weights import image_dtype, working_dtype
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_AT_ONCE = 32  # images per forward pass: all watched outputs of both networks are held for one
+_AT_ONCE = 32  # images per forward pass: all watched outputs of two networks are held for one
 
 
 def by_weights(
@@ -57,28 +58,55 @@ def by_weights(
 
 def by_activations(
     spec: PermutationSpec,
-    model: nn.Module,
+    models: Sequence[nn.Module],
     reference: nn.Module,
     data: Iterable[Any],
     *,
     seed: int,
     max_sweeps: int,
     device: torch.device,
-) -> Matching:
+) -> list[Matching]:
     """Compare the outputs of the layers whose weight makes the units of a group.
 
     The objective is the mean correlation of paired units over all images and pixels (Li et al.,
     1511.07543). It is written as an inner product with the identity, so that one descent serves
-    both kinds of matching.
+    both kinds of matching. Each network runs over the images once.
 
     Args:
+        spec: The symmetries.
+        models: Private copies in eval mode, which are moved to ``device``; or ``reference`` itself.
+        reference: A private copy in eval mode.
         data: Batches of images, or of tuples whose first part is one; or one batch.
-        model: A private copy in eval mode; it is moved to ``device``.
-        reference: The same.
+        seed: Order of the groups within a sweep.
+        max_sweeps: Bound on the sweeps of each descent.
+        device: Where to compute.
+
+    Returns:
+        For each model, its matching with the reference.
 
     Raises:
         UserError: ``data`` is empty or does not fit the networks, or no module makes any units.
     """
+    networks = [model.to(device) for model in models]
+    seen = [_watched(spec, model) for model in networks]
+    matchings = []
+    pairs = [(model, watched) for model, (_, watched) in zip(networks, seen, strict=True)]
+    all_tables = _correlations(pairs, reference.to(device), data, device)
+    for (visible, _), tables in zip(seen, all_tables, strict=True):
+        eyes = {
+            key: torch.eye(len(table), dtype=table.dtype, device=device)
+            for key, table in tables.items()
+        }
+        total = sum(len(table) for table in tables.values())
+        weight = dict.fromkeys(tables, 1 / max(total, 1))
+        matchings.append(Matching(visible, tables, eyes, weight, seed, max_sweeps))
+    return matchings
+
+
+def _watched(
+    spec: PermutationSpec, model: nn.Module
+) -> tuple[PermutationSpec, dict[str, tuple[str, int]]]:
+    """Return the spec on the rows of the tables, and for each weight what `_outputs` says."""
     outputs = _outputs(model)
     groups = []
     for group in spec.groups:
@@ -95,40 +123,50 @@ def by_activations(
             "by='activations' watches the outputs of convolution and linear modules, and none of "
             "them makes the units of a group; choose by='weights'"
         )
-    watched = {key: outputs[key] for key in seen.by_tensor}
-    tables = _correlations(model.to(device), reference.to(device), watched, data, device)
-    eyes = {
-        key: torch.eye(len(table), dtype=table.dtype, device=device)
-        for key, table in tables.items()
-    }
-    total = sum(len(table) for table in tables.values())
-    weight = dict.fromkeys(tables, 1 / max(total, 1))
-    return Matching(seen, tables, eyes, weight, seed, max_sweeps)
+    return seen, {key: outputs[key] for key in seen.by_tensor}
 
 
 def _correlations(
-    model: nn.Module,
+    models: Sequence[tuple[nn.Module, Mapping[str, tuple[str, int]]]],
     reference: nn.Module,
-    watched: dict[str, tuple[str, int]],
     data: Iterable[Any],
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Return for each weight (channels, channels): model's channel by reference's channel."""
-    moments = {key: _Moments() for key in watched}
+) -> list[dict[str, Tensor]]:
+    """Return for each weight (channels, channels): model's channel by reference's channel.
+
+    Args:
+        models: Each with what is watched of it.
+        reference: Runs once for all models; as one of them, it is compared with itself.
+        data: Batches of images.
+        device: Where the networks are.
+    """
+    moments = [{key: _Moments() for key in watched} for _, watched in models]
+    everything = {key: place for _, watched in models for key, place in watched.items()}
     images = 0
-    with _Recorder(model, watched) as ours, _Recorder(reference, watched) as theirs:
+    with ExitStack() as stack:
+        theirs = stack.enter_context(_Recorder(reference, everything))
+        recorders = [
+            None if model is reference else stack.enter_context(_Recorder(model, watched))
+            for model, watched in models
+        ]
         batches = [data] if isinstance(data, Tensor) else data
         for batch in tqdm(batches, desc="activations", leave=False, disable=None):
             pictures = batch[0] if isinstance(batch, tuple | list) else batch
             for x in pictures.split(_AT_ONCE):
                 images += len(x)
-                _run(model, x.to(device))
                 _run(reference, x.to(device))
-                for key in watched:
-                    moments[key].add(ours.take(key), theirs.take(key))
+                expected = {key: theirs.take(key) for key in everything}
+                for (model, watched), recorder, found in zip(
+                    models, recorders, moments, strict=True
+                ):
+                    if recorder is not None:
+                        _run(model, x.to(device))
+                    for key in watched:
+                        ours = expected[key] if recorder is None else recorder.take(key)
+                        found[key].add(ours, expected[key])
     if images == 0:
         raise UserError("data: no images came; activations need at least one batch")
-    return {key: moment.correlation() for key, moment in moments.items()}
+    return [{key: moment.correlation() for key, moment in found.items()} for found in moments]
 
 
 @torch.no_grad()
@@ -145,7 +183,7 @@ def _run(model: nn.Module, x: Tensor) -> None:
 class _Recorder:
     """Keeps the outputs of the watched modules as (channels, samples)."""
 
-    def __init__(self, model: nn.Module, watched: dict[str, tuple[str, int]]) -> None:
+    def __init__(self, model: nn.Module, watched: Mapping[str, tuple[str, int]]) -> None:
         self.model = model
         self.watched = watched
         self.kept: dict[str, list[Tensor]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusion.alignment.agreement import by_activations, by_weights
 from fusion.alignment.copies import copied
+from fusion.alignment.matching import Matching
 from fusion.alignment.permutation import apply_permutation
 from fusion.alignment.spec import PermutationSpec
 from fusion.alignment.symmetries import on_cpu, permutation_spec, require_eval_mode
@@ -55,6 +56,7 @@ class Alignment:
         objective_after: The same, aligned; never smaller.
         groups: One row for each group, in the order of the forward pass.
         sweeps: Sweeps of the descent that was kept.
+        cycle_consistency: See `cycle_consistency`; None where it was not asked for.
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Alignment:
     objective_after: float
     groups: tuple[GroupAlignment, ...]
     sweeps: int
+    cycle_consistency: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -88,10 +91,12 @@ def align(
     seed: int = 0,
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
+    cycle: bool = False,
 ) -> Alignment:
     """Permute the units of ``model`` so that it agrees with ``reference`` as well as possible.
 
-    Neither network is changed. The result depends on the networks, the data and ``seed`` only.
+    Neither network is changed. The result depends on the networks, the data and ``seed`` only. The
+    reference itself stays as it is.
 
     Args:
         model: The network to align, in eval mode, of any floating dtype.
@@ -103,6 +108,7 @@ def align(
         seed: Order of the groups in the sweeps.
         max_sweeps: Bound on the sweeps of each descent.
         device: Where to compute; the model's own device by default.
+        cycle: Whether to say how far aligning the reference to the model would undo it.
 
     Raises:
         UserError: architectures that differ, training mode, weights that are not finite, an option
@@ -123,52 +129,17 @@ def align(
         >>> round(aligned.objective_after, 6)
         1.0
     """
-    if by not in ("weights", "activations"):
-        raise UserError(f"by must be 'weights' or 'activations', got '{by}'")
-    if max_sweeps < 1:
-        raise UserError(f"max_sweeps must be at least 1, got {max_sweeps}")
-    if by == "activations" and data is None:
-        raise UserError("by='activations' needs data: pass batches of images, as a loader yields")
-    require_eval_mode(model, "the model")
-    require_eval_mode(reference, "the reference")
-    for network, which in ((model, "the model"), (reference, "the reference")):
-        _require_finite(network, which)
+    _check_options(by, data, max_sweeps)
+    _check_values(model, reference)
     if spec is None:
         if example_input is None:
             raise UserError("align needs either spec or example_input, to find the symmetries")
         _require_same_keys(model, reference)
         spec = permutation_spec(model, example_input)
     _require_one_architecture(model, reference, spec)
-
-    own = next(model.parameters(), torch.empty(0)).device
-    where = exact_device(device if device is not None else own)
-    if by == "weights":
-        matching = by_weights(
-            spec, model, reference, seed=seed, max_sweeps=max_sweeps, device=where
-        )
-    else:
-        assert data is not None
-        copies = copied(model), copied(reference)
-        matching = by_activations(
-            spec, *copies, data, seed=seed, max_sweeps=max_sweeps, device=where
-        )
-    with on_cpu():  # permutations live there, whatever the default device
-        found, before = matching.solve()
-        rows = []
-        for group in spec.groups:
-            p = found.permutations[group.name]
-            moved = int((p != torch.arange(group.size)).sum())
-            kind = "blocks" if group.members else "units"
-            gain = found.gains[group.name]
-            rows.append(GroupAlignment(group.name, kind, group.size, moved, gain))
-    return Alignment(
-        model=apply_permutation(model, spec, found.permutations),
-        permutations=found.permutations,
-        objective_before=before,
-        objective_after=found.objective,
-        groups=tuple(rows),
-        sweeps=found.sweeps,
-    )
+    options: dict[str, Any] = {"by": by, "data": data, "seed": seed, "max_sweeps": max_sweeps}
+    (matching,) = _matchings([model], reference, spec, **options, device=device)
+    return _solved(matching, model, reference, spec, cycle=cycle)
 
 
 def align_all(
@@ -182,13 +153,16 @@ def align_all(
     seed: int = 0,
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
+    cycle: bool = False,
 ) -> dict[str, Alignment]:
     """Align each of ``models`` to ``reference``; the options are those of `align`.
 
-    ``data`` is read once for each model: a loader, not an iterator.
+    ``data`` is read once, and each network sees it once, the reference as well; ``activations``
+    therefore take copies of all networks at a time, by default on the first model's device. A
+    model that is ``reference`` itself is neither run again nor moved.
 
     Raises:
-        UserError: as `align` does, with the name of the model in front.
+        UserError: as `align` does, with the name of the model in front of what is wrong with it.
 
     Example::
 
@@ -203,18 +177,28 @@ def align_all(
         >>> {name: alignment.changed for name, alignment in found.items()}
         {'same': False, 'shuffled': True}
     """
-    if spec is None and example_input is not None:
+    _check_options(by, data, max_sweeps)
+    if spec is None:
+        if example_input is None:
+            raise UserError("align needs either spec or example_input, to find the symmetries")
         spec = permutation_spec(reference, example_input)
-    alignments = {}
     for name, model in models.items():
         try:
-            alignments[name] = align(
-                model, reference, spec=spec, by=by, data=data, seed=seed,
-                max_sweeps=max_sweeps, device=device,
-            )  # fmt: skip
+            _check_values(model, reference)
+            _require_one_architecture(model, reference, spec)
         except UserError as error:
             raise UserError(f"'{name}': {error}") from error
-    return alignments
+    options: dict[str, Any] = {"by": by, "seed": seed, "max_sweeps": max_sweeps, "device": device}
+    # All at once for activations; weights are scaled and copied one model at a time.
+    pairs = list(models.items())
+    parts = [[pair] for pair in pairs] if by == "weights" else [pairs] if pairs else []
+    found = {}
+    for part in parts:
+        networks = [model for _, model in part]
+        matchings = _matchings(networks, reference, spec, **options, data=data)
+        for (name, model), matching in zip(part, matchings, strict=True):
+            found[name] = _solved(matching, model, reference, spec, cycle=cycle)
+    return found
 
 
 def cycle_consistency(
@@ -227,12 +211,11 @@ def cycle_consistency(
     seed: int = 0,
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
-    forth: Alignment | None = None,
 ) -> float:
     """Align model to reference and reference to model: how far from nothing is that together?
 
-    Args:
-        forth: what `align` with the same options found already.
+    Both directions are matched by the same comparison: each network sees ``data`` once. The options
+    are those of `align`, which returns this beside the alignment with ``cycle=True``.
 
     Returns:
         Mean squared difference between the model's parameters and the same after both
@@ -250,16 +233,93 @@ def cycle_consistency(
         >>> cycle_consistency(shuffled, model, spec=spec)
         0.0
     """
-    options: dict[str, Any] = {
-        "spec": spec, "by": by, "data": data, "seed": seed, "max_sweeps": max_sweeps,
-        "device": device,
-    }  # fmt: skip
-    forth = forth or align(model, reference, **options)
-    back = align(reference, model, **options)
-    returned = apply_permutation(forth.model, spec, back.permutations)
+    found = align(
+        model, reference, spec=spec, by=by, data=data, seed=seed, max_sweeps=max_sweeps,
+        device=device, cycle=True,
+    ).cycle_consistency  # fmt: skip
+    assert found is not None
+    return found
+
+
+def _check_options(by: str, data: Iterable[Any] | None, max_sweeps: int) -> None:
+    if by not in ("weights", "activations"):
+        raise UserError(f"by must be 'weights' or 'activations', got '{by}'")
+    if max_sweeps < 1:
+        raise UserError(f"max_sweeps must be at least 1, got {max_sweeps}")
+    if by == "activations" and data is None:
+        raise UserError("by='activations' needs data: pass batches of images, as a loader yields")
+
+
+def _check_values(model: nn.Module, reference: nn.Module) -> None:
+    pair = ((model, "the model"), (reference, "the reference"))
+    for network, which in pair:
+        require_eval_mode(network, which)
+    for network, which in pair:
+        _require_finite(network, which)
+
+
+def _matchings(
+    models: Sequence[nn.Module],
+    reference: nn.Module,
+    spec: PermutationSpec,
+    *,
+    by: By,
+    data: Iterable[Any] | None,
+    seed: int,
+    max_sweeps: int,
+    device: torch.device | str | None,
+) -> list[Matching]:
+    """Return the problem of aligning each model; they have the symmetries in common."""
+    own = next(models[0].parameters(), torch.empty(0)).device
+    where = exact_device(device if device is not None else own)
+    options: dict[str, Any] = {"seed": seed, "max_sweeps": max_sweeps, "device": where}
+    if by == "weights":
+        return [by_weights(spec, model, reference, **options) for model in models]
+    assert data is not None
+    anchor = copied(reference)
+    copies = [anchor if model is reference else copied(model) for model in models]
+    return by_activations(spec, copies, anchor, data, **options)
+
+
+def _solved(
+    matching: Matching,
+    model: nn.Module,
+    reference: nn.Module,
+    spec: PermutationSpec,
+    *,
+    cycle: bool,
+) -> Alignment:
+    itself = model is reference
+    with on_cpu():  # permutations live there, whatever the default device
+        found, before = matching.stay() if itself else matching.solve()
+        back = matching.reversed().solve()[0] if cycle and not itself else None
+        rows = []
+        for group in spec.groups:
+            p = found.permutations[group.name]
+            moved = int((p != torch.arange(group.size)).sum())
+            kind = "blocks" if group.members else "units"
+            gain = found.gains[group.name]
+            rows.append(GroupAlignment(group.name, kind, group.size, moved, gain))
+    aligned = apply_permutation(model, spec, found.permutations)
+    change = 0.0 if cycle else None
+    if back is not None:
+        change = _mean_square(model, apply_permutation(aligned, spec, back.permutations))
+    return Alignment(
+        model=aligned,
+        permutations=found.permutations,
+        objective_before=before,
+        objective_after=found.objective,
+        groups=tuple(rows),
+        sweeps=found.sweeps,
+        cycle_consistency=change,
+    )
+
+
+def _mean_square(model: nn.Module, other: nn.Module) -> float:
+    """Return the mean squared difference of the parameters of two networks."""
     pairs = [
         tuple(p.detach().to(exact_device(p.device)).double() for p in pair)
-        for pair in zip(model.parameters(), returned.parameters(), strict=True)
+        for pair in zip(model.parameters(), other.parameters(), strict=True)
     ]
     squares = sum(float((a - b).square().sum()) for a, b in pairs)
     return squares / max(sum(a.numel() for a, _ in pairs), 1)

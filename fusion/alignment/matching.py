@@ -8,7 +8,7 @@ permutation: a linear assignment problem.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -94,6 +94,15 @@ class Matching:
         if forward.objective() > identity.objective() + WORTH_MOVING:
             return forward.search, before
         return identity.search, before
+
+    def reversed(self) -> Matching:
+        """Return the problem of permuting the reference, to agree best with the model."""
+        return replace(self, model=self.reference, reference=self.model)
+
+    def stay(self) -> tuple[Search, float]:
+        """Return the identity, and its objective: what a network matched with itself needs."""
+        state = _State(self)
+        return state.search, state.objective()
 
     def descend_from_identity(self) -> Search:
         """Return plain coordinate descent from the identity, the baseline of the literature."""

@@ -17,7 +17,6 @@ from fusion.alignment import (
     PermutationSpec,
     align,
     align_all,
-    cycle_consistency,
     permutation_spec,
 )
 from fusion.alignment.align import By
@@ -133,31 +132,33 @@ class AlignmentStage:
             data = activation_images(modelpool, self.calibration)
         experts: dict[str, TensorSource] = {}
         records: dict[str, AlignmentRecord] = {}
-        for name in members.names:
-            expert = modelpool.load_model(name).eval()
+        # By activations all at once, since the reference then sees the images once.
+        together = [members.names] if by == "activations" else [(name,) for name in members.names]
+        for names in together:
+            models = {name: self._expert(name, members, modelpool, reference) for name in names}
             found = align_all(
-                {name: expert},
+                models,
                 reference,
                 spec=spec,
                 by=by,
                 data=data,
                 seed=self.seed,
                 device=device,
-            )[name]
-            cycle = cycle_consistency(
-                expert,
-                reference,
-                spec=spec,
-                by=by,
-                data=data,
-                seed=self.seed,
-                device=device,
-                forth=found,
+                cycle=True,
             )
-            changed = found.changed
-            experts[name] = ModuleSource(found.model) if changed else members.experts[name]
-            records[name] = _record(found, cycle)
+            for name, one in found.items():
+                experts[name] = ModuleSource(one.model) if one.changed else members.experts[name]
+                records[name] = _record(one, one.cycle_consistency)
         return dataclasses.replace(members, experts=experts), records
+
+    @staticmethod
+    def _expert(
+        name: str, members: Members, modelpool: BaseModelPool, reference: nn.Module
+    ) -> nn.Module:
+        """Return an expert; without a base, the first one is the reference."""
+        if members.base is None and name == modelpool.pretrained_or_first_name:
+            return reference
+        return modelpool.load_model(name).eval()
 
     def _many(
         self,

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool
 from fusion.options import SampleSize, Seed, checked
-from fusion.training import recalibrate_batch_norm, repair
+from fusion.training import MemberStatistics, channel_statistics, recalibrate_batch_norm, repair
 from fusion.weights import weighted_mean, widened
 
 if TYPE_CHECKING:
@@ -188,9 +188,30 @@ def recalibrate(
     return model.to(home)
 
 
+def member_statistics(
+    member: nn.Module, modelpool: BaseModelPool, fabric: Fabric, calibration: Calibration
+) -> MemberStatistics:
+    """Return what `repair_mean` asks of a member, measured once for any number of means.
+
+    Args:
+        member: a network; it is not changed.
+        modelpool: has the images.
+        fabric: where to compute.
+        calibration: the sample.
+    """
+    return channel_statistics(
+        member,
+        modelpool.images(),
+        images=calibration.images,
+        batch_size=calibration.batch_size,
+        seed=calibration.seed,
+        device=fabric.device,
+    )
+
+
 def repair_mean(
     model: nn.Module,
-    members: Sequence[nn.Module],
+    members: Sequence[nn.Module | MemberStatistics],
     modelpool: BaseModelPool,
     fabric: Fabric,
     calibration: Calibration,
@@ -201,7 +222,8 @@ def repair_mean(
 
     Args:
         model: the mean of ``members``.
-        members: the networks that it is the mean of, in one order of their units.
+        members: the networks that it is the mean of, in one order of their units, or their
+            `member_statistics` on the same sample.
         modelpool: has the images.
         fabric: where to compute.
         calibration: the sample.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import nn
@@ -23,6 +22,7 @@ from fusion.method.base import BaseAlgorithm
 from fusion.modelpool import BaseModelPool
 from fusion.options import NON_EMPTY, SampleSize, Seed, Within, checked
 from fusion.taskpool import ClassificationTaskPool
+from fusion.training import MemberStatistics
 from fusion.weights import tensors_of
 
 if TYPE_CHECKING:
@@ -124,14 +124,35 @@ class InterpolationBarrier(BaseAlgorithm):
         tasks = ClassificationTaskPool({name: modelpool.dataset(name, "test")})
         tasks.fabric = self.fabric
         labels = plan_heads(modelpool).labels
-        ends = {how: self._aligned(second, first, how, modelpool) for how in self.alignments}
+        networks: dict[str, nn.Module] = {"first": first}
+        for how in self.alignments:
+            networks[how] = self._aligned(second, first, how, modelpool)
+        # What all points of a line, or all lines, have in common is measured once.
+        measured: dict[str, MemberStatistics] = {}
+        if "repair" in self.batch_norm:
+            measured = self._statistics(networks, modelpool)
+        scores: dict[str, Mapping[str, float]] = {}
         grid = list(itertools.product(self.alignments, self.batch_norm, range(self.points)))
         self._rows = []
         hidden = None if self.progress is None else not self.progress
         for how, treatment, point in tqdm(grid, desc="Walking", unit="point", disable=hidden):
             t = point / (self.points - 1)
-            between = self._between(first, ends[how], t, treatment, modelpool)
-            found = tasks.evaluate(between, labels=labels)[name]
+            if t in (0.0, 1.0):
+                end = how if t else "first"
+                if end not in scores:
+                    scores[end] = tasks.evaluate(networks[end], labels=labels)[name]
+                found = scores[end]
+            else:
+                weights = [1 - t, t]
+                between = self._between([first, networks[how]], weights, treatment)
+                if treatment == "recalibrate":
+                    bn.recalibrate(between, modelpool, self.fabric, self.calibration)
+                elif treatment == "repair":
+                    members = [measured["first"], measured[how]]
+                    bn.repair_mean(
+                        between, members, modelpool, self.fabric, self.calibration, weights=weights
+                    )
+                found = tasks.evaluate(between, labels=labels)[name]
             self._rows.append(
                 {
                     "alignment": how,
@@ -165,25 +186,25 @@ class InterpolationBarrier(BaseAlgorithm):
                 device=self.fabric.device,
             ).model
 
+    def _statistics(
+        self, networks: Mapping[str, nn.Module], pool: BaseModelPool
+    ) -> dict[str, MemberStatistics]:
+        with self.profile("statistics of the ends"):
+            return {
+                name: bn.member_statistics(network, pool, self.fabric, self.calibration)
+                for name, network in networks.items()
+            }
+
+    @staticmethod
     def _between(
-        self, first: nn.Module, second: nn.Module, t: float, treatment: str, pool: BaseModelPool
+        networks: Sequence[nn.Module], weights: Sequence[float], treatment: str
     ) -> nn.Module:
-        if t in (0.0, 1.0):
-            return copy.deepcopy(second if t else first)
-        weights = [1 - t, t]
-        between = mean_network(
-            first,
-            [tensors_of(first), tensors_of(second)],
+        return mean_network(
+            networks[0],
+            [tensors_of(network) for network in networks],
             weights,
             statistics="merge" if treatment == "merge" else "interpolate",
         )
-        if treatment == "recalibrate":
-            return bn.recalibrate(between, pool, self.fabric, self.calibration)
-        if treatment == "repair":
-            return bn.repair_mean(
-                between, [first, second], pool, self.fabric, self.calibration, weights=weights
-            )
-        return between
 
     def _write(self) -> None:
         for row in self.report["barrier"]:

@@ -1,12 +1,13 @@
 """Training through Fabric, freezing of layers, recalibration of batch norm."""
 
+from fusion.training.channel_statistics import channel_statistics
 from fusion.training.finetuning import FineTuned, FineTuning
 from fusion.training.fitting import fit
 from fusion.training.freezing import Frozen, freeze
 from fusion.training.history import Epoch, History, Scores
 from fusion.training.measuring import Measurement, measure
 from fusion.training.recalibration import recalibrate_batch_norm
-from fusion.training.repair import repair
+from fusion.training.repair import MemberStatistics, repair
 
 __all__ = [
     "Epoch",
@@ -15,7 +16,9 @@ __all__ = [
     "Frozen",
     "History",
     "Measurement",
+    "MemberStatistics",
     "Scores",
+    "channel_statistics",
     "fit",
     "freeze",
     "measure",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import itertools
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,31 +13,30 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fusion.data import seed_from
 from fusion.errors import UserError
-from fusion.models import find_layers
-from fusion.training.restoring import restored
-from fusion.training.sampling import (
-    Images,
-    check_enough_images,
-    check_sample_size,
-    sample_images,
+from fusion.training.channel_statistics import (
+    ChannelMoments,
+    ChannelStatistics,
+    Sample,
+    channel_statistics,
+    look,
+    measure_channels,
+    pre_activations,
+    ready,
+    repair_sample,
 )
-from fusion.weights import exact_device, image_dtype, working_dtype
+from fusion.training.lockstep import HeldBytes, Lockstep
+from fusion.training.sampling import Images
+from fusion.weights import image_dtype
 
-
-@dataclass(frozen=True, eq=False)
-class ChannelStatistics:
-    """Mean and variance of every channel over a sample: images and pixels, (C,) in float64."""
-
-    mean: Tensor
-    variance: Tensor
+MemberStatistics = Mapping[str, ChannelStatistics]
+HELD_BYTES = 2 << 30  # 2,000 images of CIFAR-10 in a ResNet-20 take a third of it
 
 
 @torch.no_grad()
 def repair(
     model: nn.Module,
-    members: Sequence[nn.Module],
+    members: Sequence[nn.Module | MemberStatistics],
     data: Images,
     *,
     weights: Sequence[float] | None = None,
@@ -46,6 +44,7 @@ def repair(
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
+    held_bytes: int = HELD_BYTES,
 ) -> int:
     """Bring every channel's mean and deviation to the interpolation of the members'; in place.
 
@@ -56,10 +55,14 @@ def repair(
     become those of its input and its scale and shift the interpolated deviation and mean; else
     weight and bias of the convolution or linear layer are rescaled. Each layer is measured after
     all before it were repaired, on the same images, so the law holds exactly at every layer that
-    runs once, for any batch size; the price is a pass per layer, up to that layer. A layer that
-    runs several times in a pass is measured over all its calls and repaired once, which changes
-    what its later calls are given. The last layer, whose outputs are the class scores, is left
-    alone.
+    runs once, for any batch size. A layer that runs several times in a pass is measured over all
+    its calls and repaired once, which changes what its later calls are given. The last layer, whose
+    outputs are the class scores, is left alone.
+
+    It takes one pass of each member, and one of the merged network, in which all batches wait at
+    each layer until it is repaired. Where what they hold meanwhile would exceed ``held_bytes``
+    (the first layers, for photographs), a layer takes a pass of its own, up to that layer; so does
+    a layer that runs several times.
 
     Without a bias only the deviation can be repaired, and without scale and shift a batch norm is
     only recalibrated. A channel that does not vary in the merged network only gets the mean.
@@ -69,185 +72,153 @@ def repair(
 
     Args:
         model: the merged network; its weights, biases and batch norms are changed.
-        members: the networks it was merged from, aligned; they are not changed.
+        members: the networks it was merged from, aligned, which are not changed; or what
+            `channel_statistics` found of them with the same data, images, batch size and seed.
         data: training images: a data set, or several by name, of which equally many are drawn.
         weights: of the members; only their ratios count. Equal ones by default.
         images: size of the sample, drawn at random; all images if there are fewer.
         batch_size: images per forward pass.
         seed: of the draw.
         device: where to compute; by default where the network is.
+        held_bytes: the most memory that the activations of waiting batches may take. It has no
+            influence on the result.
 
     Returns:
         The number of layers that were repaired.
 
     Raises:
-        UserError: no member, weights that are no shares, or a sample of less than two images.
+        UserError: no member, one of another architecture, weights that are no shares, or a sample
+            of less than two images.
     """
     shares = _shares(weights, len(members))
-    check_sample_size(images, batch_size)
-    check_enough_images(data, "repair")
-    where = exact_device(device if device is not None else next(model.parameters()).device)
-
-    sample = partial(
-        sample_images,
-        data,
-        images=images,
-        batch_size=batch_size,
-        seed=seed_from(seed, "repair"),
-        device=where,
-    )
-    with _ready(model, where):
-        sites = pre_activations(model, next(sample())[:1])
-        goals = _goals(members, sites, shares, sample, where)
-        for name, calls in _in_order(model, sites, sample).items():
-            module = model.get_submodule(name)
-            if isinstance(module, _BatchNorm):
-                found = measure_channels(model, {name: calls}, sample(), inputs=True)
-                _repair_norm(module, found[name], goals[name])
-            else:
-                found = measure_channels(model, {name: calls}, sample())
-                _repair_layer(module, found[name], goals[name])
+    options: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed}
+    sample = repair_sample(model, data, **options, device=device)
+    found = [
+        channel_statistics(member, data, **options, device=sample.device)
+        if isinstance(member, nn.Module)
+        else member
+        for member in members
+    ]
+    with ready(model, sample.device):
+        sites = _sites(model, sample)
+        goals = _goals(found, sites, shares)
+        limit = held_bytes / _size(sample)
+        for once, part in itertools.groupby(
+            sites.items(), lambda item: item[1].calls == 1 and item[1].held <= limit
+        ):
+            together = dict(part)
+            if once and len(together) > 1:
+                _repair_together(model, list(together), goals, sample)
+                continue
+            for name, site in together.items():
+                module = model.get_submodule(name)
+                inputs = isinstance(module, _BatchNorm)
+                measured = measure_channels(model, {name: site.calls}, sample(), inputs=inputs)
+                _repair_module(module, measured[name], goals[name])
     return len(sites)
 
 
-def pre_activations(model: nn.Module, example_input: Tensor | None = None) -> list[str]:
-    """Return the modules whose outputs are repaired: norms, and layers that no norm follows.
+@dataclass
+class _Site:
+    """A module whose output is repaired.
 
-    Every batch norm with running statistics, and every convolution and linear layer that none
-    follows; never the last layer, which gives the class scores, nor one that does not run.
-
-    Args:
-        model: the network.
-        example_input: only needed where it cannot be traced.
+    Attributes:
+        calls: how often it runs in a pass.
+        held: bytes per image of what a pass that stops there holds.
     """
-    names = []
-    for layer in [layer for layer in find_layers(model, example_input) if layer.reached][:-1]:
-        norms = [name for name in layer.norms if _keeps_statistics(model.get_submodule(name))]
-        # A weight that is no module's own (F.conv2d on a parameter) has no output to watch.
-        is_module = layer.weight == f"{layer.name}.weight"
-        names += norms or ([layer.name] if is_module else [])
-    return names
+
+    calls: int = 0
+    held: int = 0
 
 
-def measure_channels(
-    model: nn.Module, calls: Mapping[str, int], sample: Iterator[Tensor], *, inputs: bool = False
-) -> dict[str, ChannelStatistics]:
-    """Return the statistics of the outputs (or the inputs) of some modules, over all their calls.
+def _sites(model: nn.Module, sample: Sample) -> dict[str, _Site]:
+    """Return the modules to repair in the order in which they run, seen on one image."""
+    picture = next(sample())[:1].clone().to(image_dtype(model))
+    names = pre_activations(model, picture)
+    sites: dict[str, _Site] = {}
+    held = HeldBytes(picture)
 
-    The model runs in the mode it is in; a pass ends with the last of the calls.
+    def note(name: str, *_: object) -> None:
+        site = sites.setdefault(name, _Site())
+        site.calls += 1
+        site.held = max(site.held, held.now())
 
-    Args:
-        model: the network.
-        calls: name of a module → how often it runs in a pass.
-        sample: batches of images.
-        inputs: whether to look at what comes in instead of what goes out.
-    """
-    moments = {name: _Moments() for name in calls}
-    waiting: Counter[str] = Counter()
-
-    def watch(name: str, module: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_: nn.Module, args: Any, output: Tensor) -> None:
-            moments[name].add(args[0] if inputs else output, _channel_axis(module))
-            waiting[name] -= 1
-            if not any(waiting.values()):
-                raise _Enough
-
-        return hook
-
-    modules = {name: model.get_submodule(name) for name in calls}
     handles = [
-        module.register_forward_hook(watch(name, module)) for name, module in modules.items()
+        model.get_submodule(name).register_forward_hook(partial(note, name)) for name in names
     ]
     try:
-        for pictures in sample:
-            waiting.update(calls)
-            with suppress(_Enough):
-                _look(model, pictures)
+        with held:
+            look(model, picture)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment.statistics() for name, moment in moments.items()}
+    return sites
 
 
-def _look(model: nn.Module, pictures: Tensor) -> None:
-    model(pictures.to(image_dtype(model)))
+def _repair_together(
+    model: nn.Module, names: Sequence[str], goals: MemberStatistics, sample: Sample
+) -> None:
+    """Repair modules that run once each, one after another, in a single pass."""
+    with Lockstep(model, sample()) as passes:
+        for name in names:
+            module = model.get_submodule(name)
+            moments = ChannelMoments(module)
 
+            def before(_: nn.Module, args: Any, moments: ChannelMoments = moments) -> None:
+                moments.add(args[0])
+                passes.stop()
 
-class _Enough(Exception):  # noqa: N818  # no error: the rest of the pass is not needed
-    """All watched modules have run."""
+            def after(
+                layer: nn.Module, args: Any, output: Tensor, moments: ChannelMoments = moments
+            ) -> Any:  # whatever a layer returns
+                moments.add(output)
+                passes.stop()
+                return layer.forward(*args)  # with the weights as they are now
 
-
-class _Moments:
-    """Mean and sum of squared deviations, joined batch by batch (Chan et al., 1979)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())
-
-    def add(self, values: Tensor, axis: int) -> None:
-        wide = values.to(working_dtype([values])).movedim(axis, 0)
-        wide = wide.flatten(1)
-        variance, mean = torch.var_mean(wide, dim=1, correction=0)
-        variance, mean, n = variance.double(), mean.double(), wide.shape[1]
-        if self.count == 0:
-            self.count, self.mean, self.squares = n, mean, variance * n
-            return
-        total = self.count + n
-        step = mean - self.mean
-        self.squares += variance * n + step.square() * (self.count * n / total)
-        self.mean = self.mean + step * (n / total)
-        self.count = total
-
-    def statistics(self) -> ChannelStatistics:
-        return ChannelStatistics(self.mean, self.squares / max(self.count, 1))
-
-
-@contextmanager
-def _ready(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have ``model`` in eval mode on ``device``, and give it back as it came."""
-    with restored(model):
-        model.to(device)
-        model.eval()
-        yield
+            if isinstance(module, _BatchNorm):
+                handle = module.register_forward_pre_hook(before)
+            else:
+                handle = module.register_forward_hook(after)
+            try:
+                passes.advance()
+            finally:
+                handle.remove()
+            _repair_module(module, moments.statistics(), goals[name])
 
 
 def _goals(
-    members: Sequence[nn.Module],
-    sites: Sequence[str],
-    shares: Sequence[float],
-    sample: Callable[[], Iterator[Tensor]],
-    device: torch.device,
+    members: Sequence[MemberStatistics], sites: Mapping[str, object], shares: Sequence[float]
 ) -> dict[str, ChannelStatistics]:
     """Return the weighted means of the members' means and deviations."""
-    found = []
-    for member in members:
-        with _ready(member, device):
-            found.append(measure_channels(member, _in_order(member, sites, sample), sample()))
     goals = {}
     for name in sites:
-        parts = [(share, statistics[name]) for share, statistics in zip(shares, found, strict=True)]
+        for number, member in enumerate(members):
+            if name not in member:
+                raise UserError(
+                    f"members: number {number} has no '{name}', which the merged network has; "
+                    f"REPAIR takes members of one architecture"
+                )
+        parts = [(share, member[name]) for share, member in zip(shares, members, strict=True)]
         mean = torch.stack([share * part.mean for share, part in parts]).sum(0)
         deviation = torch.stack([share * part.variance.sqrt() for share, part in parts]).sum(0)
         goals[name] = ChannelStatistics(mean, deviation.square())
     return goals
 
 
-def _in_order(
-    model: nn.Module, sites: Sequence[str], sample: Callable[[], Iterator[Tensor]]
-) -> dict[str, int]:
-    """Return ``sites`` in the order in which they run, and how often each does in a pass."""
-    calls: Counter[str] = Counter()
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name in sites
-    ]
-    try:
-        _look(model, next(sample()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+def _size(sample: Sample) -> int:
+    """Return how many images the sample has, at most."""
+    data = sample.data
+    parts = list(data.values()) if isinstance(data, Mapping) else [data]
+    lengths = [len(part) for part in parts if isinstance(part, Sized)]
+    return min(sample.images, sum(lengths)) if len(lengths) == len(parts) else sample.images
+
+
+def _repair_module(module: nn.Module, found: ChannelStatistics, goal: ChannelStatistics) -> None:
+    """Repair a batch norm by the statistics of its input, a layer by those of its output."""
+    if isinstance(module, _BatchNorm):
+        _repair_norm(module, found, goal)
+    else:
+        _repair_layer(module, found, goal)
 
 
 def _repair_norm(norm: _BatchNorm, found: ChannelStatistics, goal: ChannelStatistics) -> None:
@@ -285,14 +256,6 @@ def _repair_layer(layer: nn.Module, found: ChannelStatistics, goal: ChannelStati
         weight.copy_(weight.double() * factor.view(-1, *[1] * (weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.copy_(factor * (layer.bias.double() - found.mean) + goal.mean)
-
-
-def _channel_axis(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear) else 1
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def _shares(weights: Sequence[float] | None, members: int) -> list[float]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fusion.alignment import (
     PermutationSpec,
+    agreement,
     align,
     align_all,
     apply_permutation,
@@ -191,6 +192,65 @@ def test_forth_and_back_is_nothing(pair: Pair, images: Tensor, by: str) -> None:
     reference, _, spec = pair
     other = apply_permutation(reference, spec, random_permutation(spec, 5))
     assert cycle_consistency(other, reference, spec=spec, by=by, data=[images]) == 0
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the images of each forward pass of alignment, by the first weight of the network."""
+    images: dict[str, int] = {}
+    run = agreement._run
+
+    def counted(model: nn.Module, x: Tensor) -> None:
+        key = fingerprint(model)
+        images[key] = images.get(key, 0) + len(x)
+        run(model, x)
+
+    monkeypatch.setattr(agreement, "_run", counted)
+    return images
+
+
+def fingerprint(model: nn.Module) -> str:
+    return str(next(model.parameters()).double().sum().item())
+
+
+def test_each_network_sees_the_images_once(
+    pair: Pair, images: Tensor, seen: dict[str, int]
+) -> None:
+    reference, other, spec = pair
+    third = trained(2, images)
+    models = {"other": other, "itself": reference, "third": third}
+    found = align_all(
+        models, reference, spec=spec, by="activations", data=[images], cycle=True, seed=4
+    )
+    networks = (reference, other, third)
+    assert seen == {fingerprint(network): len(images) for network in networks}
+    assert not found["itself"].changed
+    assert found["itself"].cycle_consistency == 0
+    # Sharing passes changes no bit.
+    for name in ("other", "third"):
+        alone = align(models[name], reference, spec=spec, by="activations", data=[images], seed=4)
+        assert_same(found[name].model, alone.model)
+        assert found[name].objective_before == alone.objective_before
+        assert found[name].objective_after == alone.objective_after
+
+
+@BY
+def test_the_way_back_is_that_of_an_alignment_of_its_own(
+    pair: Pair, images: Tensor, seen: dict[str, int], by: str
+) -> None:
+    """The transposed comparison finds what comparing the other way round finds."""
+    reference, other, spec = pair
+    options = {"spec": spec, "by": by, "data": [images], "seed": 1}
+    cycle = cycle_consistency(other, reference, **options)
+    assert sum(seen.values()) == (2 * len(images) if by == "activations" else 0)
+    forth = align(other, reference, **options)
+    back = align(reference, other, **options)
+    assert forth.changed  # the same way twice would be another network
+    returned = apply_permutation(forth.model, spec, back.permutations)
+    pairs = zip(other.parameters(), returned.parameters(), strict=True)
+    squares = sum(float((a - b).detach().double().square().sum()) for a, b in pairs)
+    count = sum(p.numel() for p in other.parameters())
+    assert cycle == pytest.approx(squares / count, rel=1e-9)
 
 
 def test_inputs_stay_and_the_result_repeats(pair: Pair, images: Tensor) -> None:

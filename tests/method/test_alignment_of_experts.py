@@ -195,3 +195,22 @@ def test_activations_find_the_same_order(base, strangers, peers, train_digits):
     by_weights = GitReBasin(by="weights", **options).run(pool).state_dict()
     agree = [torch.allclose(by_activations[key], by_weights[key]) for key in by_weights]
     assert sum(agree) / len(agree) > 0.9
+
+
+def test_activations_take_one_pass_of_each_network(base, strangers, train_digits, monkeypatch):
+    """Without a base the first expert is the reference, and is not compared with itself."""
+    from fusion.alignment import agreement
+
+    runs, run = [], agreement._run
+    monkeypatch.setattr(agreement, "_run", lambda *given: (runs.append(len(given[1])), run(*given)))
+    options = {"batch_norm": "interpolate", "calibration_images": 96, "plot": False}
+    for base_too in ({"_pretrained_": base}, {}):
+        pool = BaseModelPool(
+            {**base_too, **strangers}, train_datasets=dict.fromkeys(strangers, train_digits)
+        )
+        runs.clear()
+        merge = GitReBasin(by="activations", **options)
+        merge.run(pool)
+        assert sum(runs) == 96 * (len(strangers) + len(base_too))
+        first = merge.report["alignment"][next(iter(strangers))]
+        assert first["changed"] == bool(base_too)

@@ -13,6 +13,7 @@ from fusion.errors import UserError
 from fusion.method import InterpolationBarrier
 from fusion.method.interpolation_barrier import barriers
 from fusion.modelpool import BaseModelPool
+from fusion.models import CifarResNet
 
 
 @pytest.fixture
@@ -107,3 +108,23 @@ def test_classes_in_another_order_are_measured_by_their_labels(base, train_digit
 
     digits = list("0123456789")
     assert accuracies(base, digits) == accuracies(turned, digits[::-1])
+
+
+def test_ends_are_measured_once_and_points_take_one_pass(pair, train_digits, test_digits):
+    images = []
+
+    def note(module, args):
+        if isinstance(module, CifarResNet) and type(args[0]) is torch.Tensor:
+            images.append(len(args[0]))
+
+    walk = InterpolationBarrier(
+        alignments=["none"], batch_norm=["repair"], points=5, calibration_images=200, plot=False
+    )
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        walk.run(pair)
+    finally:
+        handle.remove()
+    # A repaired network first runs on one image, for the order of its layers, as the first network
+    # did when the pool was checked.
+    assert sum(images) == 1 + 2 * 200 + 3 * (200 + 1) + (2 + 3) * len(test_digits)

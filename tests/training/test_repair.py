@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ from fusion.data import ImageTensors
 from fusion.errors import UserError
 from fusion.models import CifarResNet
 from fusion.training import recalibrate_batch_norm
-from fusion.training.repair import measure_channels, pre_activations, repair
+from fusion.training.channel_statistics import (
+    channel_statistics,
+    measure_channels,
+    pre_activations,
+)
+from fusion.training.repair import HELD_BYTES, repair
 
 IMAGES = 300
 
@@ -96,6 +103,84 @@ def test_the_merge_needed_it(make, train_digits) -> None:
         ours = measure_channels(merged, {last: 1}, iter([sample]))[last]
         theirs = measure_channels(members[0], {last: 1}, iter([sample]))[last]
     assert ours.variance.mean() < 0.7 * theirs.variance.mean()
+
+
+class Counter:
+    """Counts the images that enter each of some networks."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.networks = networks
+        self.images = [0] * len(networks)
+        for number, network in enumerate(networks):
+            network.register_forward_pre_hook(partial(self._count, number))
+
+    def _count(self, number: int, network: nn.Module, args: tuple[Tensor]) -> None:
+        self.images[number] += len(args[0])
+
+
+@pytest.mark.parametrize("make", [resnet, Plain])
+def test_each_network_sees_the_images_once(make, train_digits) -> None:
+    members, merged = two_and_mean(make)
+    counter = Counter(merged, *members)
+    repair(merged, members, train_digits.select(torch.arange(IMAGES)), batch_size=64)
+    # The merged network runs on one image more, which tells the order of its layers.
+    assert counter.images == [IMAGES + 1, IMAGES, IMAGES]
+
+
+def test_members_are_measured_once_for_all_points_of_a_line(train_digits, equal) -> None:
+    members, merged = two_and_mean(resnet)
+    data = train_digits.select(torch.arange(IMAGES))
+    options = {"images": 200, "batch_size": 64, "seed": 3}
+    measured = [channel_statistics(member, data, **options) for member in members]
+    counter = Counter(*members)
+    for weights in ([0.3, 0.7], [0.5, 0.5]):
+        points = copy.deepcopy(merged), copy.deepcopy(merged)
+        repair(points[0], measured, data, weights=weights, **options)
+        assert counter.images == [0, 0]
+        repair(points[1], members, data, weights=weights, **options)
+        assert equal(*points)
+        counter.images = [0, 0]
+
+
+@pytest.mark.parametrize("make", [resnet, Plain, "twice"])
+def test_what_is_held_has_no_influence(make, train_digits, equal) -> None:
+    """A pass per layer gives the same bits; memory decides how many layers share one."""
+    make = Twice if make == "twice" else make
+    members, merged = two_and_mean(make)
+    data = train_digits.select(torch.arange(IMAGES))
+    passes = []
+    repaired = []
+    for held_bytes in (HELD_BYTES, 2 * IMAGES * 8 * 8 * 4, 0):
+        network = copy.deepcopy(merged)
+        counter = Counter(network)
+        repair(network, members, data, batch_size=64, held_bytes=held_bytes)
+        passes.append((counter.images[0] - 1) // IMAGES)
+        repaired.append(network)
+    assert passes[0] < passes[2] == len(pre_activations(merged))
+    assert passes[0] <= passes[1] <= passes[2]
+    assert all(equal(repaired[0], other) for other in repaired[1:])
+
+
+def test_threads_end_with_the_pass(train_digits) -> None:
+    """Also where the network fails half-way, which is told as it is."""
+
+    class Failing(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.second(torch.relu(self.first(x))))
+            if 1 < len(x) < 64:  # the last batch
+                raise RuntimeError("out of order")
+            return self.head(torch.relu(self.hidden(torch.relu(self.up(x)).mean((2, 3)))))
+
+    members, merged = two_and_mean(Plain)
+    failing = Failing().eval()
+    failing.load_state_dict(merged.state_dict())
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of order"):
+        repair(failing, members, train_digits.select(torch.arange(IMAGES)), batch_size=64)
+    assert threading.active_count() == before
+    assert not any(module._forward_hooks for module in failing.modules())
+    repair(merged, members, train_digits, images=100, batch_size=50)
+    assert threading.active_count() == before
 
 
 class Twice(Plain):
@@ -194,6 +279,7 @@ def test_without_a_bias_the_deviation_alone_is_repaired(train_digits) -> None:
         ({"members": []}, "members: none"),
         ({"weights": [1.0]}, "one number"),
         ({"weights": [0.0, 0.0]}, "one number"),
+        ({"members": [{}]}, "number 0 has no 'conv1'|number 0 has no 'bn1'"),
         ({"images": 1}, "images: 1"),
         ({"dataset": "one image"}, "one image has no variance"),
     ],
