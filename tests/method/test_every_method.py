@@ -211,10 +211,10 @@ def without_norms() -> nn.Module:
 
 SMALL: Mapping[str, Callable[[], nn.Module]] = {
     "ConvNeXt": layer_norms,
-    "RegNetY": grouped_with_squeeze,
     "DenseNet": concatenated,
 }
 LARGER: Mapping[str, Callable[[], nn.Module]] = {
+    "RegNetY": grouped_with_squeeze,
     "ResNeXt": grouped,
     "MobileNetV3": depthwise_with_squeeze,
     "SqueezeNet": without_norms,
