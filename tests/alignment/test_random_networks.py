@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -535,6 +537,12 @@ DRAWN = [(seed, 10, dims) for dims, n in ((2, 50), (1, 20), (3, 10)) for seed in
 
 @pytest.mark.parametrize(("seed", "depth", "dims"), DRAWN)
 def test_the_laws_of_symmetry(seed: int, depth: int, dims: int) -> None:
+    check(seed, depth, dims)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31 - 1), depth=st.integers(1, 24), dims=st.integers(1, 3))
+def test_any_network_keeps_the_laws(seed: int, depth: int, dims: int) -> None:
     check(seed, depth, dims)
 
 
