@@ -85,13 +85,15 @@ COMPLETE: dict[str, tuple[str, ...]] = {
         "path.checkpoint=FILES/resnet20.safetensors",
     ),
 }
-# Their data or weights are a download; what they name is attacked through other choices.
+# Their data or weights are a download, or their package an extra that the tests do not install; what
+# they name is attacked through other choices.
 WITHOUT_DATA = (
     "modelpool=cifar10",
     "taskpool=cifar10",
     "modelpool=folders",
     "taskpool=folders",
     "method=custom",
+    "fabric/loggers=wandb",
 )
 GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "fabric/loggers", "path")
 CHOICES = [
@@ -258,6 +260,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "offline": (bool,),
     "mean": (list,),
     "std": (list,),
+    "version": (str, int),
 }
 
 
