@@ -85,8 +85,8 @@ COMPLETE: dict[str, tuple[str, ...]] = {
         "path.checkpoint=FILES/resnet20.safetensors",
     ),
 }
-# Their data or weights are a download, or their package an extra that the tests do not install; what
-# they name is attacked through other choices.
+# Their data or weights are a download, or their package is an extra that the tests do not install;
+# what they name is attacked through other choices.
 WITHOUT_DATA = (
     "modelpool=cifar10",
     "taskpool=cifar10",
