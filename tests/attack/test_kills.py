@@ -105,10 +105,6 @@ def check_kill(place: Path, folder: Path, number: int) -> bool:
     return code == KILLED
 
 
-def test_a_killed_run_harms_nothing(place: Path, tmp_path: Path) -> None:
-    assert check_kill(place, tmp_path / "run", 20)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_run_killed_at_every_operation_harms_nothing(place: Path, tmp_path: Path) -> None:
