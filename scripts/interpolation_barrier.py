@@ -14,10 +14,8 @@ import logging
 from pathlib import Path
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from pools import composed
 
-from fusion.cli.job import register_resolvers
 from fusion.config_folder import config_folder
 from fusion.figures.barrier import barrier_figure
 from fusion.figures.style import save_figure
@@ -38,16 +36,12 @@ def main() -> None:
         parser.error(f"--pairs is {arguments.pairs}; give 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("fontTools").setLevel(logging.WARNING)
-    register_resolvers()
     tables = []
     for seed in range(arguments.pairs):
-        with initialize_config_dir(str(arguments.config_dir.resolve()), version_base="1.3"):
-            chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
-            config = compose("fusion_bench", overrides=[*chosen, *arguments.overrides])
-        method, pool, fabric = (
-            build(OmegaConf.to_container(config[key], resolve=True))
-            for key in ("method", "modelpool", "fabric")
-        )
+        chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
+        keys = ("method", "modelpool", "fabric")
+        values = composed([*chosen, *arguments.overrides], keys, arguments.config_dir)
+        method, pool, fabric = (build(values[key]) for key in keys)
         method.fabric = fabric
         method.run(pool)
         tables.append(method.table.assign(pair=seed))

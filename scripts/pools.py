@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -12,15 +13,26 @@ from fusion.cli.job import register_resolvers
 from fusion.config_folder import config_folder
 
 
-def settings(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the mappings ``modelpool`` and ``taskpool`` of these choices, references resolved."""
+def composed(
+    overrides: Sequence[str], keys: Sequence[str], config_dir: Path | None = None
+) -> dict[str, Any]:
+    """Return some mappings of the configuration that a command composes, references resolved.
+
+    Args:
+        overrides: what is chosen and set, as for ``fusion_bench``.
+        keys: names of the mappings.
+        config_dir: where the YAML lies; the shipped one by default.
+    """
     register_resolvers()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        chosen = [f"modelpool={name}", f"taskpool={name}", f"seed={seed}", *overrides]
-        config = compose("fusion_bench", overrides=chosen)
-    return {
-        key: OmegaConf.to_container(config[key], resolve=True) for key in ("modelpool", "taskpool")
-    }
+    with initialize_config_dir(str((config_dir or config_folder()).resolve()), version_base="1.3"):
+        config = compose("fusion_bench", overrides=list(overrides))
+    return {key: OmegaConf.to_container(config[key], resolve=True) for key in keys}
+
+
+def settings(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the mappings ``modelpool`` and ``taskpool`` of a pool by name."""
+    chosen = [f"modelpool={name}", f"taskpool={name}", f"seed={seed}", *overrides]
+    return composed(chosen, ("modelpool", "taskpool"))
 
 
 def few(dataset: dict[str, Any], n: int, seed: int) -> dict[str, Any]:

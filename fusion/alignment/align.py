@@ -130,7 +130,8 @@ def align(
         1.0
     """
     _check_options(by, data, max_sweeps)
-    _check_values(model, reference)
+    _check_values(model, "the model")
+    _check_values(reference, "the reference")
     if spec is None:
         if example_input is None:
             raise UserError("align needs either spec or example_input, to find the symmetries")
@@ -182,9 +183,10 @@ def align_all(
         if example_input is None:
             raise UserError("align needs either spec or example_input, to find the symmetries")
         spec = permutation_spec(reference, example_input)
+    _check_values(reference, "the reference")
     for name, model in models.items():
         try:
-            _check_values(model, reference)
+            _check_values(model, "the model")
             _require_one_architecture(model, reference, spec)
         except UserError as error:
             raise UserError(f"'{name}': {error}") from error
@@ -250,12 +252,9 @@ def _check_options(by: str, data: Iterable[Any] | None, max_sweeps: int) -> None
         raise UserError("by='activations' needs data: pass batches of images, as a loader yields")
 
 
-def _check_values(model: nn.Module, reference: nn.Module) -> None:
-    pair = ((model, "the model"), (reference, "the reference"))
-    for network, which in pair:
-        require_eval_mode(network, which)
-    for network, which in pair:
-        _require_finite(network, which)
+def _check_values(network: nn.Module, which: str) -> None:
+    require_eval_mode(network, which)
+    _require_finite(network, which)
 
 
 def _matchings(

@@ -138,6 +138,20 @@ class Piece:
         split = matrices.reshape(*lead, g, shape[1], shape[0] // g, -1)
         return split.transpose(-3, -2).reshape(*lead, *shape)
 
+    def with_bias(self, matrices: Tensor, biases: Tensor) -> Tensor:
+        """Return matrices with the bias as one more column: the map of inputs with a 1 behind them.
+
+        Args:
+            matrices: (…, g, out/g, columns), as :meth:`matrices` returns them.
+            biases: (…, out).
+        """
+        column = biases.reshape(*matrices.shape[:-1], 1)
+        return torch.cat([matrices, column.to(matrices)], -1)
+
+    def without_bias(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight (*shape) and the bias (out,) of which :meth:`with_bias` made a map."""
+        return self.from_matrices(maps[..., :-1].contiguous()), maps[..., -1].flatten()
+
     def seed_for(self, *names: str) -> int:
         """Return a seed that depends on the seed, the tensor's key and ``names`` only."""
         return seed_from(self.seed, self.key, *names)

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fusion.data import batches, seed_from
+from fusion.data import seed_from
 from fusion.merging.batch_norm import Calibration, statistics_keys
 from fusion.merging.members import LayerChoice, Members
 from fusion.merging.rule import Piece, Rule
 from fusion.merging.statistics import Moments, prefix_moments, stages
-from fusion.merging.tensors import like, merge_layer
+from fusion.merging.tensors import Statistics, merge_pieces
 from fusion.modelpool import BaseModelPool
 from fusion.models import Layer
 from fusion.training import recalibrate_batch_norm
-from fusion.weights import exact_device, load_tensors, tensors_of
-
-Found = Mapping[str, Mapping[str, Tensor]]
-"""State-dict key of a weight → name → statistic of all experts, (n, …)."""
+from fusion.training.sampling import sample_images
+from fusion.weights import exact_device, load_tensors
 
 
 def merge_in_stages(
@@ -63,7 +61,7 @@ def merge_in_stages(
     walk = _Walk(members, modelpool, treatment, calibration, device)
 
     def pieces(
-        some: LayerChoice, found: Found | None = None, plan: object = None
+        some: LayerChoice, found: Statistics | None = None, plan: object = None
     ) -> Iterator[Piece]:
         return members.pieces(
             some,
@@ -75,7 +73,6 @@ def merge_in_stages(
         )
 
     plan = rule.prepare(lambda: pieces(choice))
-    state = tensors_of(members.network)
     merged: dict[str, Tensor] = {}
     in_order = stages(members.network, members.layers)
     for stage in tqdm(in_order, desc="merge", unit="stage", disable=None):
@@ -83,11 +80,8 @@ def merge_in_stages(
         found = walk.measure(
             [layer for layer in chosen if with_head or layer.weight not in members.head]
         )
-        tensors: dict[str, Tensor] = {}
-        for layer in chosen:
-            alone = LayerChoice({layer.name: choice.shares[layer.name]})
-            of_layer = merge_layer(rule, list(pieces(alone, found, plan)), members)
-            tensors |= {key: like(tensor, state[key]) for key, tensor in of_layer.items()}
+        some = LayerChoice({layer.name: choice.shares[layer.name] for layer in chosen})
+        tensors = merge_pieces(rule, pieces(some, found, plan), members)
         walk.advance(stage, tensors, found)
         merged |= tensors
     return merged
@@ -118,14 +112,14 @@ class _Walk:
         for name, tensors in members.experts.items():
             self._experts[name] = modelpool.load_model(name)
             load_tensors(self._experts[name], tensors)
-            drawn = batches(
-                self._datasets[name],
-                batch_size=calibration.batch_size,
-                shuffle=True,
-                seed=seed_from(calibration.seed, "statistics"),
-                limit=calibration.images,
+            self._images[name] = list(
+                sample_images(
+                    self._datasets[name],
+                    images=calibration.images,
+                    batch_size=calibration.batch_size,
+                    seed=seed_from(calibration.seed, "statistics"),
+                )
             )
-            self._images[name] = [images for images, _ in drawn]
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, dict[str, Tensor]]:
         """Return the statistics of the layers that run as modules of their own."""
@@ -149,7 +143,9 @@ class _Walk:
                 }
         return found
 
-    def advance(self, stage: Sequence[Layer], merged: Mapping[str, Tensor], found: Found) -> None:
+    def advance(
+        self, stage: Sequence[Layer], merged: Mapping[str, Tensor], found: Statistics
+    ) -> None:
         """Bring the networks up to date with the merged tensors of a stage."""
         for group, names in self._groups.items():
             network = self._networks[group]
@@ -159,6 +155,8 @@ class _Walk:
                 folding = self._members.foldings.get(layer.name)
                 if folding is not None and layer.weight in found:
                     known.add(folding.norm)
+                    if not self._per_task:
+                        continue  # those of the mixture were merged
                     numbers = [self._members.names.index(name) for name in names]
                     grams = found[layer.weight]["gram"][numbers]
                     load_tensors(network, folding.statistics(merged[layer.weight], grams))

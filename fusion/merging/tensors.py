@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,20 +49,30 @@ def merge_parameters(
             plan=plan,
         )
 
-    plan = rule.prepare(pieces)
-    merged: dict[str, Tensor] = {}
-    for _, of_layer in itertools.groupby(pieces(plan), key=lambda piece: piece.layer.name):
-        merged |= merge_layer(rule, list(of_layer), members)
+    return merge_pieces(rule, pieces(rule.prepare(pieces)), members)
+
+
+def merge_pieces(rule: Rule, pieces: Iterable[Piece], members: Members) -> dict[str, Tensor]:
+    """Return the merged tensors of some layers, on the CPU, as a state dict has them.
+
+    Args:
+        rule: how one tensor is merged.
+        pieces: the tensors; those of a layer follow each other.
+        members: base and experts.
+    """
     state = tensors_of(members.network)
-    return {key: like(tensor, state[key]) for key, tensor in merged.items()}
+    merged: dict[str, Tensor] = {}
+    for _, of_layer in itertools.groupby(pieces, key=lambda piece: piece.layer.name):
+        for key, tensor in _merge_layer(rule, list(of_layer), members).items():
+            merged[key] = _like(tensor, state[key])
+    return merged
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor of a rule on the CPU, in the type and shape that a state dict has it."""
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to("cpu", other.dtype).view(other.shape)  # a rule sees a number as (1,)
 
 
-def merge_layer(rule: Rule, pieces: Sequence[Piece], members: Members) -> dict[str, Tensor]:
+def _merge_layer(rule: Rule, pieces: Sequence[Piece], members: Members) -> dict[str, Tensor]:
     """Return the merged tensors of one layer; weight and bias together for an affine rule.
 
     Where batch norm is folded into the layer, its running statistics are among them.
@@ -114,7 +124,7 @@ def separate_parameters(
         each = dict(zip(piece.names, rule.separate(piece), strict=True))
         for task, names in tasks.items():
             mean = weighted_mean([each[name] for name in names])
-            found[task][piece.key] = like(mean, state[piece.key])
+            found[task][piece.key] = _like(mean, state[piece.key])
     return found
 
 

@@ -22,7 +22,6 @@ from fusion.merging.heads import HeadChoice, merged_heads
 from fusion.merging.rule import Need
 from fusion.merging.rules import TaskArithmetic
 from fusion.method.merge import Merge
-from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork
 from fusion.options import Count, ImageShape, Positive, SampleSize, Seed, checked
 
@@ -98,19 +97,6 @@ class AdaMerging(Merge):
         self.learning_rate = learning_rate
         self.adaptation_batch = adaptation_batch
         self._found: Coefficients | None = None
-
-    def check_pool(self, modelpool: BaseModelPool) -> None:
-        """Check that the pool has a base, experts and their images.
-
-        Raises:
-            UserError: says what is missing.
-        """
-        if not modelpool.has_data("train"):
-            raise UserError(
-                "adamerging needs training images of every expert, without labels; add "
-                "train_datasets"
-            )
-        super().check_pool(modelpool)
 
     def merged(self, assembly: Assembly) -> nn.Module:
         """Adapt the coefficients, and return the network that they stand for."""

@@ -99,6 +99,8 @@ class Merge(BaseAlgorithm):
         UserError: an option that has no meaning.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the method cannot do without, beside what its rule needs."""
     without_images: ClassVar[str] = "merge"
     """What ``batch_norm=auto`` stands for in a pool without training images."""
     without_alignment: ClassVar[str] = "align=null"
@@ -402,23 +404,24 @@ class Merge(BaseAlgorithm):
         return True
 
     def _check_needs(self, modelpool: BaseModelPool) -> None:
-        """Check that the pool has what the rule cannot do without.
+        """Check that the pool has what the method and its rule cannot do without.
 
         Raises:
             UserError: it has not.
         """
-        rule, needs = type(self.rule).__name__, self.rule.needs
-        if Need.BASE in needs and not modelpool.has_pretrained:
-            raise UserError(
-                f"{rule} needs a base, and the pool has only "
-                f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
-            )
-        if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
-            lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
-            raise UserError(
-                f"{rule} needs training images of every expert, and the pool has none of "
-                f"{', '.join(lacking)}; add them to train_datasets"
-            )
+        rule = type(self.rule).__name__
+        for name, needs in ((type(self).__name__, self.needs), (rule, self.rule.needs)):
+            if Need.BASE in needs and not modelpool.has_pretrained:
+                raise UserError(
+                    f"{name} needs a base, and the pool has only "
+                    f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
+                )
+            if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
+                lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
+                raise UserError(
+                    f"{name} needs training images of every expert, and the pool has none of "
+                    f"{', '.join(lacking)}; add them to train_datasets"
+                )
         if not self.rule.sequential:
             check_statistics(modelpool, self.rule.statistics)
         elif "cross" not in self.rule.statistics and not isinstance(modelpool.images(), Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusion.data import seed_from
 from fusion.models import find_layers
-from fusion.training.restoring import restored
+from fusion.training.restoring import ready
 from fusion.training.sampling import (
     Images,
     check_enough_images,
@@ -226,15 +226,6 @@ class ChannelMoments:
     def statistics(self) -> ChannelStatistics:
         """Return mean and variance over everything that was added."""
         return ChannelStatistics(self.mean, self.squares.clamp(min=0) / max(self.count, 1))
-
-
-@contextmanager
-def ready(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have ``model`` in eval mode on ``device``, and give it back as it came."""
-    with restored(model):
-        model.to(device)
-        model.eval()
-        yield
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fusion.data import seed_from
-from fusion.training.restoring import restored
+from fusion.training.restoring import ready
 from fusion.training.sampling import (
     Images,
     check_enough_images,
@@ -84,9 +84,7 @@ def recalibrate_batch_norm(
     )
     used = 0
     sizes = set()
-    with restored(model):
-        model.to(device)
-        model.eval()
+    with ready(model, device):
         several = isinstance(data, Mapping)
         with _averaging(chosen, note_means=several) as averages:
             for pictures in sample:

@@ -22,10 +22,10 @@ from fusion.training.channel_statistics import (
     look,
     measure_channels,
     pre_activations,
-    ready,
     repair_sample,
 )
 from fusion.training.lockstep import HeldBytes, Lockstep
+from fusion.training.restoring import ready
 from fusion.training.sampling import Images
 from fusion.weights import image_dtype
 

@@ -32,6 +32,15 @@ def restored(model: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(device, dtype).contiguous(memory_format=memory_format)
 
 
+@contextmanager
+def ready(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Have ``model`` in eval mode on ``device``; restore modes, device, types and format after."""
+    with restored(model):
+        model.to(device)
+        model.eval()
+        yield
+
+
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(module.named_parameters(recurse=False)),

@@ -113,11 +113,9 @@ class LeastSquares(Rule):
         priors = self._prior.merge_affine(weight, bias)
         if "cross" not in weight.statistics:
             return priors
-        matrix = weight.matrices(priors[0])
-        shift = priors[1].to(matrix).reshape(*matrix.shape[:-1], 1)
-        solved = self._solve(weight, torch.cat([matrix, shift], -1))
-        merged = weight.from_matrices(solved[..., :-1].contiguous()).to(weight.experts)
-        return merged, solved[..., -1].flatten().to(bias.experts)
+        prior = weight.with_bias(weight.matrices(priors[0]), priors[1])
+        merged, shift = weight.without_bias(self._solve(weight, prior))
+        return merged.to(weight.experts), shift.to(bias.experts)
 
     def _solve(self, piece: Piece, prior: Tensor) -> Tensor:
         """Return the solution (g, out/g, columns), with or without a column for the bias."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Rule, mean_of_experts
@@ -93,13 +92,10 @@ class RegMean(Rule):
         if not self.bias or "gram" not in weight.statistics:
             return self.merge(weight), self.merge(bias)
         weights, mean = weight.matrices(weight.experts), weight.matrices(mean_of_experts(weight))
-        biases = bias.experts.reshape(*weights.shape[:-1], 1)
-        shift = mean_of_experts(bias).reshape(*mean.shape[:-1], 1)
-        solved = self._solve(
-            weight, torch.cat([weights, biases.to(weights)], -1), torch.cat([mean, shift], -1)
-        )
-        merged = weight.from_matrices(solved[..., :-1].contiguous()).to(weight.experts)
-        return merged, solved[..., -1].flatten().to(bias.experts)
+        maps = weight.with_bias(weights, bias.experts)
+        solved = self._solve(weight, maps, weight.with_bias(mean, mean_of_experts(bias)))
+        merged, shift = weight.without_bias(solved)
+        return merged.to(weight.experts), shift.to(bias.experts)
 
     def _solve(self, piece: Piece, matrices: Tensor, mean: Tensor) -> Tensor:
         """Return the regression mean of (n, g, out/g, columns), with or without the bias."""
