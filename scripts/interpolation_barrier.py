@@ -22,6 +22,7 @@ from fusion.figures.style import save_figure
 from fusion.files import write_text
 from fusion.method.interpolation_barrier import barriers
 from fusion.target import build
+from fusion.training.devices import make_fabric
 
 
 def main() -> None:
@@ -41,8 +42,10 @@ def main() -> None:
         chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
         keys = ("method", "modelpool", "fabric")
         values = composed([*chosen, *arguments.overrides], keys, arguments.config_dir)
-        method, pool, fabric = (build(values[key]) for key in keys)
-        method.fabric = fabric
+        method, pool = build(values["method"]), build(values["modelpool"])
+        method.fabric = make_fabric(
+            {k: v for k, v in values["fabric"].items() if k not in ("_target_", "loggers")}
+        )
         method.run(pool)
         tables.append(method.table.assign(pair=seed))
     table = pd.concat(tables)
