@@ -18,12 +18,12 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from pools import settings
 
-from fusion.merging.layer_scores import RANKINGS
+from fusion.merging.layer_scores import Ranking
 from fusion.method import SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool
 from fusion.target import build
@@ -86,7 +86,7 @@ def measure(pool_name: str, seed: int, overrides: list[str]) -> list[dict[str, A
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the options of every merge, one factor varied at a time."""
-    rankings = [("lerp", rank, "recalibrate", "snr") for rank in RANKINGS]
+    rankings = [("lerp", rank, "recalibrate", "snr") for rank in get_args(Ranking)]
     interpolations = [(how, "experts", "recalibrate", "snr") for how in ("slerp", "ties")]
     treatments = [("lerp", "experts", how, "snr") for how in ("pretrained", "merge")]
     weightings = [("lerp", "experts", "recalibrate", "equal")]
