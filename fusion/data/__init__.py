@@ -6,6 +6,7 @@ from fusion.data.class_subset import ClassSubset
 from fusion.data.domains import blurred, greyed, inverted, noisy, rotated
 from fusion.data.drawing import few
 from fusion.data.folder import image_folder
+from fusion.data.glyphs import glyphs
 from fusion.data.image_files import ImageFiles
 from fusion.data.image_tensors import ImageTensors
 from fusion.data.joining import concat
@@ -37,6 +38,7 @@ __all__ = [
     "concat",
     "digits",
     "few",
+    "glyphs",
     "greyed",
     "grouped",
     "image_folder",
