@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from fusion.data.relabelling import in_label_space
 from fusion.errors import UserError, first_line
 from fusion.labels import LabelSpace, joint_space
 from fusion.method import BaseAlgorithm
@@ -19,7 +17,6 @@ from fusion.modelpool.base import SPLITS
 from fusion.models import MultiTaskNetwork
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuning
-from fusion.training.feeding import TrainingData
 
 _PASS_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What a forward pass raises when it meets images that do not fit."""
@@ -109,25 +106,6 @@ def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
         )
 
 
-def training_data(model: nn.Module, algorithm: BaseAlgorithm, pool: BaseModelPool) -> TrainingData:
-    """Return the training images of a pool, labelled by the outputs of a result.
-
-    Args:
-        model: the result.
-        algorithm: knows the classes of its outputs.
-        pool: has the images.
-
-    Raises:
-        UserError: nobody knows the classes of a head whose images come from several data sets.
-    """
-    if isinstance(model, MultiTaskNetwork):
-        return {
-            task: _labelled(pool, pool.tasks.get(task, pool.model_names), model.labels[task])
-            for task in model.tasks
-        }
-    return _labelled(pool, pool.model_names, algorithm.result_labels(pool))
-
-
 def outputs_for(pool: BaseModelPool, name: str, dataset: Any, what: str) -> int | None:
     """Return how many outputs a member has for an image; ``None`` where they are no row of scores.
 
@@ -175,17 +153,3 @@ def _answered(known: Mapping[str, LabelSpace | None], classes: LabelSpace) -> bo
         any(space.covers(classes.select([place])) for space in spaces)
         for place in range(len(classes))
     )
-
-
-def _labelled(pool: BaseModelPool, names: list[str], labels: LabelSpace | None) -> Dataset[Any]:
-    images = pool.images(names)
-    datasets = list(images.values()) if isinstance(images, Mapping) else [images]
-    if labels is not None:
-        return in_label_space(datasets, labels)
-    if len(datasets) > 1:
-        raise UserError(
-            f"fine-tuning on the data of {', '.join(names)} together needs the classes of the "
-            f"result's outputs, which nobody knows; give the pool's option 'classes'"
-        )
-    only: Dataset[Any] = datasets[0]
-    return only

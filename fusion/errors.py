@@ -14,6 +14,13 @@ class UserError(ValueError):
     """
 
 
+class NotApplicableError(UserError):
+    """A method that this pool is no case for: it has no base, or no images of its own.
+
+    A sweep over methods and pools meets such pairs; its summary counts them apart from failures.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what ``error`` says, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

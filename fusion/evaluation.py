@@ -13,8 +13,9 @@ from torch import nn
 
 from fusion.labels import LabelSpace
 from fusion.method import BaseAlgorithm
+from fusion.method.benchmark_controls import ensemble_of
 from fusion.modelpool import BaseModelPool
-from fusion.taskpool import BaseTaskPool, ClassificationTaskPool, Contestant, Ensemble
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool, Contestant
 
 log = logging.getLogger(__name__)
 
@@ -101,16 +102,6 @@ def evaluate_run(
         for name, found in results.items()
     }
     return Evaluation(results, shares, experts)
-
-
-def ensemble_of(pool: BaseModelPool) -> Ensemble:
-    """Return all experts of a pool as one network that answers together."""
-    names = pool.model_names
-    return Ensemble(
-        {name: pool.load_model(name) for name in names},
-        {name: pool.labels(name) for name in names},
-        {name: pool.task(name) for name in names},
-    )
 
 
 def own_experts(pool: BaseModelPool, tasks: BaseTaskPool) -> dict[str, str]:

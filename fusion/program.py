@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 import fusion
-from fusion.checks import check_run, training_data
+from fusion.checks import check_run
 from fusion.errors import UserError
 from fusion.evaluation import Evaluation, evaluate_run
 from fusion.figures.accuracy_table import accuracy_table
 from fusion.files import MODEL, write_text
 from fusion.method import BaseAlgorithm
 from fusion.method.base import ResultFile
+from fusion.method.training_data import training_data
 from fusion.modelpool import BaseModelPool
 from fusion.options import FilePath, Seed, TargetMapping, checked
 from fusion.run_folder import CONFIG, FINETUNED, RunFolder, save_report

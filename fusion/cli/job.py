@@ -33,7 +33,7 @@ from fusion.options import FilePath, Seed
 log = logging.getLogger(__name__)
 
 _FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
-_GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "merge")
+_GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "merge", "wrapper", "setting")
 _KINDS: dict[str, Any] = {
     "seed": Seed,
     "output_path": FilePath,
@@ -128,7 +128,7 @@ def _run_program(values: Mapping[str, Any], folder: Path, text: str) -> None:
     from fusion.program import FusionProgram  # from here on torch is paid for
 
     FusionProgram(
-        method=values["method"],
+        method=values.get("wrapper") or values["method"],
         modelpool=values["modelpool"],
         taskpool=values.get("taskpool"),
         finetune=values["finetune"] or None,
@@ -176,12 +176,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("joined", joined, replace=True)
 
 
 def user_cache() -> str:
     """Return this package's folder in the user's cache (XDG base directory specification)."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(root) / "fusion")
+
+
+def joined(*lists: Sequence[object] | None) -> str:
+    """Return the entries of several lists as a sweep writes them, ``a,b,c``; each once."""
+    return ",".join(dict.fromkeys(str(entry) for values in lists for entry in values or ()))
 
 
 def run_name(*, _root_: DictConfig) -> str:

@@ -2,6 +2,8 @@
 
 from fusion.method.adamerging import AdaMerging
 from fusion.method.base import BaseAlgorithm
+from fusion.method.benchmark_controls import BenchmarkControls
+from fusion.method.benchmarked import Benchmarked
 from fusion.method.dummy import DummyAlgorithm
 from fusion.method.git_rebasin import GitReBasin
 from fusion.method.interpolation_barrier import InterpolationBarrier
@@ -14,6 +16,8 @@ from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
 __all__ = [
     "AdaMerging",
     "BaseAlgorithm",
+    "BenchmarkControls",
+    "Benchmarked",
     "DummyAlgorithm",
     "GitReBasin",
     "InterpolationBarrier",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from fusion.errors import UserError
+from fusion.errors import NotApplicableError, UserError
 from fusion.files import MODEL
 from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
@@ -407,25 +407,25 @@ class Merge(BaseAlgorithm):
         """Check that the pool has what the method and its rule cannot do without.
 
         Raises:
-            UserError: it has not.
+            NotApplicableError: it has not.
         """
         rule = type(self.rule).__name__
         for name, needs in ((type(self).__name__, self.needs), (rule, self.rule.needs)):
             if Need.BASE in needs and not modelpool.has_pretrained:
-                raise UserError(
+                raise NotApplicableError(
                     f"{name} needs a base, and the pool has only "
                     f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
                 )
             if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
                 lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
-                raise UserError(
+                raise NotApplicableError(
                     f"{name} needs training images of every expert, and the pool has none of "
                     f"{', '.join(lacking)}; add them to train_datasets"
                 )
         if not self.rule.sequential:
             check_statistics(modelpool, self.rule.statistics)
         elif "cross" not in self.rule.statistics and not isinstance(modelpool.images(), Mapping):
-            raise UserError(
+            raise NotApplicableError(
                 f"{rule}.sequential: all experts have the same training images, for which the "
                 f"result is the average, whatever the images are; use sequential=false, or give "
                 f"each expert its own in train_datasets"

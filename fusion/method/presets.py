@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Mapping
@@ -60,21 +61,40 @@ def algorithm(method: str, **options: Any) -> BaseAlgorithm:
     Raises:
         UserError: there is no such method or option.
     """
-    spec = preset(method)
+    return configured(preset(method), method, **options)
+
+
+def configured(spec: Mapping[str, Any], method: str, **options: Any) -> BaseAlgorithm:
+    """Return the algorithm that a mapping describes, with some options changed.
+
+    Args:
+        spec: mapping with ``_target_``; an option may belong to the rule inside it.
+        method: what messages call it.
+        options: by name.
+
+    Raises:
+        UserError: there is no such option, or the mapping describes no algorithm.
+    """
+    changed = copy.deepcopy(dict(spec))
     for name, value in options.items():
-        owner = _owner(spec, name)
+        owner = _owner(changed, name)
         if owner is None:
-            known = list(_options(spec))
+            known = list(_options(changed))
             ours = OPTIONS.get(name)
             hint = f"; here it is called '{ours}'" if ours in known else suggestion(name, known)
             raise UserError(
                 f"method {method} has no option '{name}'{hint} (options: {', '.join(known)})"
             )
         owner[name] = value
-    made = build(spec)
+    made = build(changed)
     if not isinstance(made, BaseAlgorithm):
         raise UserError(f"method {method} is no algorithm but a {type(made).__name__}")
     return made
+
+
+def has_option(spec: Mapping[str, Any], name: str) -> bool:
+    """Return whether a method that a mapping describes, or a rule inside it, has an option."""
+    return name in _options(spec)
 
 
 def method_names() -> list[str]:

@@ -17,9 +17,9 @@ from fusion.errors import UserError
 from fusion.files import write_text
 from fusion.labels import LabelSpace
 from fusion.method.base import BaseAlgorithm
-from fusion.method.presets import algorithm
+from fusion.method.presets import algorithm, configured
 from fusion.modelpool import BaseModelPool
-from fusion.options import NON_EMPTY, Count, Seed, Text, checked
+from fusion.options import NON_EMPTY, Count, Seed, TargetMapping, Text, checked
 from fusion.taskpool import ClassificationTaskPool, Contestant
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Search(BaseAlgorithm):
     is never looked at. The report says what the search cost.
 
     Args:
-        method: name of the method that is searched, as in ``fusion_bench method=…``.
+        method: the method that is searched: its name, as in ``fusion_bench method=…``, or a mapping
+            with ``_target_``.
         options: name of an option → the values to try. Every combination is a candidate.
         fixed: name of an option → its value in all candidates.
         budget: how many candidates are measured, drawn at random where there are more
@@ -56,7 +57,7 @@ class Search(BaseAlgorithm):
     def __init__(
         self,
         *,
-        method: Text = "task_arithmetic",
+        method: Text | TargetMapping = "task_arithmetic",
         options: Mapping[str, Annotated[Sequence[Any], NON_EMPTY]] | None = None,
         fixed: Mapping[str, Any] | None = None,
         budget: Count | None = None,
@@ -170,7 +171,10 @@ class Search(BaseAlgorithm):
         )
 
     def _algorithm(self, candidate: Mapping[str, Any]) -> BaseAlgorithm:
-        return algorithm(self.method, **{**self.fixed, **candidate})
+        options = {**self.fixed, **candidate}
+        if isinstance(self.method, Mapping):
+            return configured(self.method, str(self.method["_target_"]), **options)
+        return algorithm(self.method, **options)
 
     def _own_accuracies(
         self, modelpool: BaseModelPool, tasks: ClassificationTaskPool

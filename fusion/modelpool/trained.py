@@ -116,8 +116,8 @@ class TrainedModel(Member):
         self._classes = None if classes is None else tuple(classes)
         self._head = head
         self._dataset = dataset
-        self._epochs = 1 if fast_dev_run else epochs
-        self._options: dict[str, Any] = {
+        self.epochs = 1 if fast_dev_run else epochs
+        self.training_options: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
             "batch_size": batch_size,
@@ -216,8 +216,8 @@ class TrainedModel(Member):
                 "preprocessing": canonical(entry.preprocessing),
                 "parent_classes": parent.known.to_json() if parent and parent.known else None,
                 "head": [self._head, canonical(entry.head)],
-                "epochs": self._epochs,
-                "options": canonical(self._options),
+                "epochs": self.epochs,
+                "options": canonical(self.training_options),
                 "precision": self._precision,
                 "seed": self._seed,
             },
@@ -245,7 +245,7 @@ class TrainedModel(Member):
             log.warning("%s: %s is damaged; training again", entry.name, path)
         for unfinished in path.parent.glob(f".{path.stem}-*"):
             unfinished.unlink()  # of a run that was killed: whoever writes holds the lock
-        log.info("%s: training for %d epochs", entry.name, self._epochs)
+        log.info("%s: training for %d epochs", entry.name, self.epochs)
         state, metadata = self._train(entry)
         save_safetensors(path, state, {**metadata, "digest": digest_tensors(state)})
         return path
@@ -272,11 +272,11 @@ class TrainedModel(Member):
         history = fit(
             model,
             data,
-            epochs=self._epochs,
+            epochs=self.epochs,
             seed=seed,
             fabric=self._fabric(),
             label=entry.name,
-            **self._options,
+            **self.training_options,
         )
         last = history.epochs[-1].train
         log.info(

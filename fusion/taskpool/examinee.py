@@ -15,6 +15,9 @@ from fusion.taskpool.answers import Answer, Call
 
 log = logging.getLogger(__name__)
 
+_SHARES = ("accuracy", "f1", "calibration_error", "loss")
+_BINS = 15  # of confidence, for the calibration error, as in Guo et al. (2017)
+
 
 class Tally:
     """Counts the answers of one network on one task.
@@ -34,7 +37,11 @@ class Tally:
         device: torch.device,
     ) -> None:
         from torchmetrics import MeanMetric, SumMetric
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+        from torchmetrics.classification import (
+            MulticlassAccuracy,
+            MulticlassCalibrationError,
+            MulticlassF1Score,
+        )
 
         self._columns = torch.tensor(list(columns), device=device)
         self._shown = classes.shown
@@ -42,6 +49,7 @@ class Tally:
             "accuracy": MulticlassAccuracy(outputs, average="micro").to(device),
             "f1": MulticlassF1Score(outputs, average="weighted").to(device),
             "class_accuracy": MulticlassAccuracy(outputs, average="none").to(device),
+            "calibration_error": MulticlassCalibrationError(outputs, n_bins=_BINS).to(device),
             "loss": MeanMetric().to(device),
             "images": SumMetric().to(device),
         }
@@ -52,15 +60,14 @@ class Tally:
         scores = scores.float()
         for name in ("accuracy", "f1", "class_accuracy"):
             self._metrics[name].update(scores, columns)
+        self._metrics["calibration_error"].update(scores.softmax(1), columns)
         losses = nn.functional.cross_entropy(scores, columns, reduction="none")
         self._metrics["loss"].update(losses)
         self._metrics["images"].update(len(targets))
 
     def result(self) -> dict[str, Any]:
         """Return all metrics of the images so far, over all processes."""
-        found: dict[str, Any] = {
-            name: float(self._metrics[name].compute()) for name in ("accuracy", "f1", "loss")
-        }
+        found: dict[str, Any] = {name: float(self._metrics[name].compute()) for name in _SHARES}
         found["images"] = int(self._metrics["images"].compute())
         per_class = self._metrics["class_accuracy"].compute()[self._columns].tolist()
         found["class_accuracy"] = dict(zip(self._shown, per_class, strict=True))

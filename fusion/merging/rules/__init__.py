@@ -11,6 +11,7 @@ from fusion.merging.rules.lines import LiNeS
 from fusion.merging.rules.magmax import MagMax
 from fusion.merging.rules.mean import Mean
 from fusion.merging.rules.model_stock import ModelStock
+from fusion.merging.rules.own_tensors import OwnTensors
 from fusion.merging.rules.pcb import PCB
 from fusion.merging.rules.regmean import RegMean
 from fusion.merging.rules.slerp import Slerp
@@ -34,6 +35,7 @@ __all__ = [
     "MagMax",
     "Mean",
     "ModelStock",
+    "OwnTensors",
     "RegMean",
     "Slerp",
     "TaskArithmetic",

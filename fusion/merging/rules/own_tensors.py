@@ -1,0 +1,59 @@
+"""The mean, but for one kind of tensor, which each task keeps as its expert has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fusion.merging.rule import Piece, TaskRule, mean_of_experts
+from fusion.options import checked
+
+TensorKind = Literal["first", "early", "late", "pointwise", "affine"]
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
+class OwnTensors(TaskRule):
+    r"""The mean of the experts, with one kind of tensor kept for each task.
+
+    .. math::
+        \theta_{i,k} = \begin{cases} \theta^{(i)}_k & k \in K \\
+        \sum_j s_j \theta^{(j)}_k & k \notin K \end{cases}
+
+    An ablation rather than a method: what a task gains by its own tensors of one kind says how
+    much merging that kind costs.
+
+    Args:
+        kind: ``first`` (the weight of the first layer), ``early`` and ``late`` (kernels of more
+            than one pixel in the first and the second half of the depth), ``pointwise`` (kernels
+            of one pixel and linear layers), ``affine`` (biases and norm parameters).
+        per_task: whether each task gets its network; ``False`` gives the mean.
+    """
+
+    kind: TensorKind
+    per_task: bool = True
+
+    elementwise = True
+
+    def merge(self, piece: Piece) -> Tensor:
+        """Return the mean, (*shape)."""
+        return mean_of_experts(piece)
+
+    def separate(self, piece: Piece) -> Tensor:
+        """Return each task's tensor, (n, *shape)."""
+        if kind_of(piece) == self.kind:
+            return piece.experts
+        return mean_of_experts(piece).expand_as(piece.experts)
+
+
+def kind_of(piece: Piece) -> TensorKind:
+    """Return the kind of a tensor, as :class:`OwnTensors` counts it."""
+    if piece.key != piece.layer.weight:
+        return "affine"
+    if piece.depth == 0:
+        return "first"
+    if piece.experts[0].ndim < 3 or piece.experts[0, 0, 0].numel() == 1:
+        return "pointwise"
+    return "early" if piece.depth < 0.5 else "late"

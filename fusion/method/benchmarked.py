@@ -1,0 +1,218 @@
+"""One method as the benchmark measures it: two tracks, every treatment of batch norm."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from fusion.labels import LabelSpace
+from fusion.merging.batch_norm import statistics_keys
+from fusion.merging.members import Members
+from fusion.method.base import BaseAlgorithm
+from fusion.method.benchmark_controls import BenchmarkControls, cost, quiet
+from fusion.method.presets import configured, has_option
+from fusion.method.search import Search
+from fusion.method.training_data import training_data
+from fusion.modelpool import BaseModelPool
+from fusion.models import MultiTaskNetwork
+from fusion.options import Seed, TargetMapping, Text, checked
+from fusion.target import build
+from fusion.training.head_refit import refit_heads
+
+log = logging.getLogger(__name__)
+
+Treatment = Literal["recalibrate", "recalibrate_per_task", "merge", "pretrained"]
+DEFAULTS, CHOSEN = "defaults", "chosen"
+ORACLE = "oracle head"
+
+
+class Benchmarked(BaseAlgorithm):
+    """Run a method under every condition of the benchmark.
+
+    The result is the method with its defaults and recalibrated batch norm. Controls are the same
+    under the other treatments of batch norm; the method with its deciding option chosen on
+    validation images, for each treatment that looks at images; and the first with an oracle head:
+    logistic regression on all labelled training images, which says how good the features are.
+
+    A network without running statistics has no treatments; a pool with one task none per task.
+
+    Args:
+        method: mapping with ``_target_`` of the method.
+        name: what the method is called.
+        choices: method → its deciding option → the values tried. A method without an entry is
+            measured at its defaults alone.
+        common: options of all methods that have them, such as ``align`` for networks trained
+            apart.
+        treatments: of the running statistics, in the order of the report.
+        oracle: whether the oracle head is measured.
+        seed: of everything random in the method.
+
+    Raises:
+        UserError: an option that has no meaning.
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        method: TargetMapping,
+        name: Text,
+        choices: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+        common: Mapping[str, Any] | None = None,
+        treatments: Sequence[Treatment] = ("recalibrate", "recalibrate_per_task", "merge"),
+        oracle: bool = True,
+        seed: Seed = 0,
+    ) -> None:
+        self.method = dict(method)
+        self.name = name
+        self.grid = dict((choices or {}).get(name, {}))
+        self.common = {k: v for k, v in (common or {}).items() if has_option(method, k)}
+        self.treatments = tuple(treatments)
+        self.oracle = oracle
+        self.seed = seed
+        made = build(self.method)
+        self._as_it_is = made if isinstance(made, BenchmarkControls) else None
+        self._labels: LabelSpace | None = None
+
+    def check_pool(self, modelpool: BaseModelPool) -> None:
+        """Check that the method can run on this pool.
+
+        Raises:
+            UserError: says what is missing.
+        """
+        if self._as_it_is is not None:
+            self._as_it_is.check_pool(modelpool)
+            return
+        configured(self.method, self.name).check_pool(modelpool)
+        for treatment in self._treatments(modelpool):
+            configured(self.method, self.name, **self._options(treatment)).check_pool(modelpool)
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Return the network under the first condition; the others are controls."""
+        if self._as_it_is is not None:
+            return self._run_as_it_is(self._as_it_is, modelpool)
+        conditions: dict[str, dict[str, Any]] = {}
+        treatments = self._treatments(modelpool)
+        result: nn.Module | None = None
+        for treatment in treatments:
+            algorithm = configured(self.method, self.name, **self._options(treatment))
+            network = self._condition(
+                algorithm, modelpool, DEFAULTS, treatment, conditions, is_result=result is None
+            )
+            if result is None:
+                result, self._labels = network, algorithm.result_labels(modelpool)
+                needs = {need.value for need in _needs(algorithm)}
+        assert result is not None
+        if self.grid:
+            for treatment in [t for t in treatments if t.startswith("recalibrate")] or treatments:
+                search = Search(
+                    method=self.method,
+                    options=self.grid,
+                    fixed=self._options(treatment),
+                    split="val" if modelpool.has_data("val") else "train",
+                )
+                self._condition(search, modelpool, CHOSEN, treatment, conditions)
+        if self.oracle:
+            start = time.perf_counter()
+            network = self._with_oracle_head(result, modelpool)
+            conditions[ORACLE] = {
+                "track": ORACLE,
+                "batch_norm": treatments[0],
+                "seconds": time.perf_counter() - start,
+                **cost(network, modelpool),
+            }
+            self._add(ORACLE, network, self._labels)
+        self.report.update(benchmarked=self.name, needs=sorted(needs), conditions=conditions)
+        return result
+
+    def result_labels(self, modelpool: BaseModelPool) -> LabelSpace | None:
+        """Return the classes of the result's outputs."""
+        del modelpool
+        return self._labels
+
+    def _condition(
+        self,
+        algorithm: BaseAlgorithm,
+        modelpool: BaseModelPool,
+        track: str,
+        treatment: str,
+        conditions: dict[str, dict[str, Any]],
+        *,
+        is_result: bool = False,
+    ) -> nn.Module:
+        algorithm.fabric, algorithm.progress = self.fabric, self.progress
+        start = time.perf_counter()
+        with quiet():
+            network = algorithm.run(modelpool)
+        name = "merged" if is_result else f"{track}, {treatment}"
+        conditions[name] = {
+            "track": track,
+            "batch_norm": treatment,
+            "seconds": time.perf_counter() - start,
+            "chosen": algorithm.report.get("chosen"),
+            **cost(network, modelpool),
+        }
+        log.info("%s, %s: %.1f s", track, treatment, conditions[name]["seconds"])
+        if not is_result:
+            self._add(name, network, algorithm.result_labels(modelpool))
+        return network
+
+    def _add(self, name: str, network: nn.Module, labels: LabelSpace | None) -> None:
+        self.controls[name] = lambda: network
+        if labels is not None:
+            self.record.labels[name] = labels
+
+    def _treatments(self, modelpool: BaseModelPool) -> list[str]:
+        if not statistics_keys(modelpool.architecture(modelpool.pretrained_or_first_name)):
+            return ["pretrained"]
+        several = len(modelpool.tasks) > 1
+        return [t for t in self.treatments if several or t != "recalibrate_per_task"]
+
+    def _options(self, treatment: str) -> dict[str, Any]:
+        return {**self.common, "batch_norm": treatment, "seed": self.seed}
+
+    def _with_oracle_head(self, result: nn.Module, modelpool: BaseModelPool) -> nn.Module:
+        network = copy.deepcopy(result)
+        data = training_data(network, self, modelpool)
+        head = Members.read(modelpool).head.tensors
+        if isinstance(network, MultiTaskNetwork):
+            assert isinstance(data, Mapping)
+            networks = {task: network.for_task(task) for task in network.tasks}
+            refit_heads(networks, data, head, jointly=_disjoint(network.labels))
+        else:
+            assert not isinstance(data, Mapping)
+            refit_heads({"": network}, {"": data}, head)
+        return network
+
+    def _run_as_it_is(self, algorithm: BaseAlgorithm, modelpool: BaseModelPool) -> nn.Module:
+        algorithm.fabric, algorithm.progress = self.fabric, self.progress
+        result = algorithm.run(modelpool)
+        self._labels = algorithm.result_labels(modelpool)
+        self.controls.update(algorithm.controls)
+        self.record.labels.update(algorithm.record.labels)
+        self.report.update(algorithm.report)
+        return result
+
+
+def _needs(algorithm: BaseAlgorithm) -> set[Any]:
+    rule = getattr(algorithm, "rule", None)
+    return {*getattr(algorithm, "needs", ()), *getattr(rule, "needs", ())}
+
+
+def _disjoint(labels: Mapping[str, LabelSpace | None]) -> bool:
+    """Return whether the classes of all tasks are known and none stands in two of them."""
+    spaces = [space for space in labels.values() if space is not None]
+    if len(spaces) < len(labels):
+        return False
+    return not any(
+        space.covers(other.select([place]))
+        for space in spaces
+        for other in spaces
+        if other is not space
+        for place in range(len(other))
+    )
