@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from fusion.models import Layer
 from fusion.models.layer import Kind
 from fusion.weights import weighted_mean
 from fusion.weights.operands import normalised_weights, working_operands
+
+KernelLayout = Literal["rows", "split"]
+"""How a kernel is made a matrix: out × (in · height · width), or (out · height) × (in · width)."""
 
 
 class Need(Enum):
@@ -47,6 +50,7 @@ class Piece:
         plan: what the rule's :meth:`Rule.prepare` returned.
         seed: of everything random in this tensor.
         bias: state-dict key that the bias of the layer has, if there is one.
+        kernel: how :meth:`matrices` lays a two-dimensional kernel out; a rule sets it.
         start: flat position of the first entry in the whole tensor; 0 unless the piece is a part
             of a long tensor, as only elementwise rules receive it.
     """
@@ -63,6 +67,7 @@ class Piece:
     seed: int = 0
     bias: str = ""
     start: int = 0
+    kernel: KernelLayout = "rows"
 
     @property
     def reference(self) -> Tensor:
@@ -117,11 +122,15 @@ class Piece:
             tensor: (…, *shape), a weight or a stack of weights of this layer.
 
         Returns:
-            (…, g, out/g, in/g · kernel size): one row for each output unit.
+            (…, g, out/g, in/g · kernel size): one row for each output unit; with ``kernel="split"``
+            (…, g, out/g · height, in/g · width) for a convolution in two dimensions.
         """
         shape = self.experts.shape[1:]
         lead = tensor.shape[: tensor.ndim - len(shape)]
         g = self.layer.groups
+        if self._is_split:
+            split = tensor.reshape(*lead, g, shape[0] // g, *shape[1:]).transpose(-3, -2)
+            return split.reshape(*lead, g, shape[0] // g * shape[2], shape[1] * shape[3])
         if self.layer.kind != "conv_transpose":
             return tensor.reshape(*lead, g, shape[0] // g, -1)
         # (in, out/g, *kernel): the inputs of a group are consecutive rows.
@@ -133,10 +142,17 @@ class Piece:
         shape = self.experts.shape[1:]
         lead = matrices.shape[:-3]
         g = self.layer.groups
+        if self._is_split:
+            split = matrices.reshape(*lead, g, shape[0] // g, shape[2], shape[1], shape[3])
+            return split.transpose(-3, -2).reshape(*lead, *shape)
         if self.layer.kind != "conv_transpose":
             return matrices.reshape(*lead, *shape)
         split = matrices.reshape(*lead, g, shape[1], shape[0] // g, -1)
         return split.transpose(-3, -2).reshape(*lead, *shape)
+
+    @property
+    def _is_split(self) -> bool:
+        return self.kernel == "split" and self.layer.kind == "conv" and len(self.experts.shape) == 5
 
     def with_bias(self, matrices: Tensor, biases: Tensor) -> Tensor:
         """Return matrices with the bias as one more column: the map of inputs with a 1 behind them.
@@ -272,14 +288,19 @@ class MatrixRule(Rule):
     What is no matrix (biases, norm parameters, depthwise kernels) becomes the mean of the experts,
     which is the base plus the mean of the changes, unless a subclass overrides
     :meth:`merge_other`.
+
+    Attributes:
+        kernel: how a kernel is laid out as a matrix; a subclass may make it an option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
+    kernel: KernelLayout = "rows"
 
     def merge(self, piece: Piece) -> Tensor:
         """Return the merged tensor, (*shape)."""
         if not piece.is_matrix:
             return self.merge_other(piece)
+        piece = replace(piece, kernel=self.kernel)
         merged = self.merge_matrices(piece, piece.matrices(piece.changes))
         return piece.reference + piece.from_matrices(merged)
 

@@ -46,6 +46,7 @@ class Benchmarked(BaseAlgorithm):
         name: what the method is called.
         choices: method → its deciding option → the values tried. A method without an entry is
             measured at its defaults alone.
+        variants: method → name of a condition → options, each measured under the first treatment.
         common: options of all methods that have them, such as ``align`` for networks trained
             apart.
         treatments: of the running statistics, in the order of the report.
@@ -63,6 +64,7 @@ class Benchmarked(BaseAlgorithm):
         method: TargetMapping,
         name: Text,
         choices: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+        variants: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
         common: Mapping[str, Any] | None = None,
         treatments: Sequence[Treatment] = ("recalibrate", "recalibrate_per_task", "merge"),
         oracle: bool = True,
@@ -71,6 +73,7 @@ class Benchmarked(BaseAlgorithm):
         self.method = dict(method)
         self.name = name
         self.grid = dict((choices or {}).get(name, {}))
+        self.variants = dict((variants or {}).get(name, {}))
         self.common = {k: v for k, v in (common or {}).items() if has_option(method, k)}
         self.treatments = tuple(treatments)
         self.oracle = oracle
@@ -117,6 +120,11 @@ class Benchmarked(BaseAlgorithm):
                     split="val" if modelpool.has_data("val") else "train",
                 )
                 self._condition(search, modelpool, CHOSEN, treatment, conditions)
+        for variant, options in self.variants.items():
+            algorithm = configured(
+                self.method, self.name, **{**self._options(treatments[0]), **options}
+            )
+            self._condition(algorithm, modelpool, variant, treatments[0], conditions)
         if self.oracle:
             start = time.perf_counter()
             network = self._with_oracle_head(result, modelpool)

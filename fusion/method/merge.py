@@ -20,6 +20,7 @@ from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
 from fusion.merging.heads import HeadChoice, HeadPlan, merged_heads, plan_heads
 from fusion.merging.members import LayerChoice, Members, every_layer
+from fusion.merging.row_scale import with_rows_of_base
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.sequential import merge_in_stages
 from fusion.merging.statistics import Statistics, check_statistics, gather
@@ -67,6 +68,9 @@ class Merge(BaseAlgorithm):
             default.
         align: bring the experts' units into one order first: by ``weights``, by ``activations``
             on the pool's training images, or ``merge_many`` (by weights, to each other).
+        normalise_rows: first scale the experts' kernels to the row norms of the base wherever batch
+            norm follows, which changes no function; see
+            :func:`fusion.merging.row_scale.with_rows_of_base`.
         head: ``auto`` (merged like any layer where all experts have the same classes; the base's
             where its classes cover theirs; else one head for each task), or ``pretrained``,
             ``union`` (the experts' rows, class by class), ``tasks``.
@@ -113,6 +117,7 @@ class Merge(BaseAlgorithm):
         rule: Rule,
         weights: Sequence[float] | Mapping[str, float] | None = None,
         align: AlignBy | None = None,
+        normalise_rows: bool = False,
         head: HeadChoice = "auto",
         batch_norm: bn.Treatment = "auto",
         calibration_images: SampleSize = 2000,
@@ -127,6 +132,7 @@ class Merge(BaseAlgorithm):
         self.rule = rule
         self.weights = weights
         self.streamed = streamed
+        self.normalise_rows = normalise_rows
         self.head = head
         self.batch_norm = batch_norm
         self.calibration = bn.Calibration(calibration_images, batch_size, seed)
@@ -153,8 +159,8 @@ class Merge(BaseAlgorithm):
         return every_layer(members, self.shares(members.names))
 
     def prepared(self, members: Members) -> Members:
-        """Return the members as they are to be merged; as they are by default."""
-        return members
+        """Return the members as they are to be merged."""
+        return with_rows_of_base(members) if self.normalise_rows else members
 
     def finish(self, members: Members, result: nn.Module) -> None:
         """Look at the result once it is made; nothing by default."""
@@ -389,6 +395,8 @@ class Merge(BaseAlgorithm):
         if self.alignment is not None:
             by = self.alignment.by
             obstacles.append(f"align={by} needs whole networks in memory (choose align=null)")
+        if self.normalise_rows:
+            obstacles.append("normalise_rows needs whole networks (choose normalise_rows=false)")
         if self._fabric is not None and self._fabric.world_size > 1:
             obstacles.append(f"{self._fabric.world_size} processes share the run (use one)")
         model = modelpool.architecture(modelpool.pretrained_or_first_name)

@@ -59,7 +59,8 @@ def refit_heads(
         head: state-dict keys of the head, ``<layer>.weight`` and ``<layer>.bias`` of a linear
             layer.
         jointly: fit one regression over the classes of all tasks and give each network its rows,
-            so that the scores of different tasks can be compared; else one for each task.
+            so that the scores of different tasks can be compared, where the networks have the same
+            body; else one for each task.
 
     Raises:
         UserError: the head is more than one linear layer.

@@ -40,6 +40,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, options) for name, options in METHODS.items()},
     "regmean folded": ("regmean", {"folded": True, "statistics_images": 40}),
     "regmean sequential": ("regmean", {"sequential": True, "statistics_images": 40}),
+    "iso_c normalised": ("iso_c", {"normalise_rows": True}),
+    "iso_c split": ("iso_c", {"kernel": "split"}),
+    "ties normalised": ("ties_merging", {"normalise_rows": True, "scope": "tensor"}),
     "least squares unfolded": (
         "layerwise_least_squares",
         {"folded": False, "statistics_images": 40},
@@ -76,7 +79,7 @@ def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
 def test_no_method_is_missing() -> None:
     merging = {"git_rebasin", "snr_selective_merge", "adamerging"}
     studying = {
-        "dummy", "search", "interpolation_barrier",
+        "dummy", "search", "interpolation_barrier", "benchmark_controls",
         "task_vector_cos_similarity", "task_vector_violin_plot",
     }  # fmt: skip
     assert set(fusion.methods()["name"]) == set(METHODS) | studying
@@ -164,9 +167,13 @@ def test_units_in_another_order_give_the_same_function(variant, pool, data, imag
         assert_close(first, second, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", ["regmean folded", "layerwise_least_squares"])
+@pytest.mark.parametrize(
+    "variant", ["regmean folded", "layerwise_least_squares", "iso_c normalised", "ties normalised"]
+)
 def test_scales_that_batch_norm_takes_away_change_nothing(variant, pool, data, images) -> None:
-    """A claim of the rules that fold batch norm; other rules see the scale of a convolution."""
+    """A claim of the rules that fold batch norm and of those on normalised rows; other rules see
+    the scale of a convolution.
+    """
     scaled = {name: copy.deepcopy(network) for name, network in pool.items()}
     with torch.no_grad():
         for factor, network in zip((0.3, 1.0, 4.0), scaled.values(), strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fusion.merging.rule import MatrixRule, Piece
+from fusion.merging.rule import KernelLayout, MatrixRule, Piece
 from fusion.options import checked
 from fusion.weights.spectral import polar
 
@@ -36,6 +36,8 @@ class IsoC(MatrixRule):
 
     Args:
         scale: λ, any finite number. The paper tunes it on validation data; the default is 1.
+        kernel: how a kernel is made a matrix: ``rows``, one for each output channel, or ``split``,
+            (out · height) × (in · width), for comparison.
 
     Raises:
         UserError: an option is outside of its range.
@@ -51,6 +53,7 @@ class IsoC(MatrixRule):
     """
 
     scale: float = 1.0
+    kernel: KernelLayout = "rows"
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusion.merging.rule import MatrixRule, Piece
+from fusion.merging.rule import KernelLayout, MatrixRule, Piece
 from fusion.options import checked
 from fusion.weights.spectral import leading_components, polar
 
@@ -41,6 +41,8 @@ class TSVM(MatrixRule):
 
     Args:
         scale: λ, any finite number; the paper recommends 1 without validation data.
+        kernel: how a kernel is made a matrix: ``rows``, one for each output channel, or ``split``,
+            (out · height) × (in · width), for comparison.
 
     Raises:
         UserError: an option is outside of its range.
@@ -56,6 +58,7 @@ class TSVM(MatrixRule):
     """
 
     scale: float = 1.0
+    kernel: KernelLayout = "rows"
 
     def merge_matrices(self, piece: Piece, changes: Tensor) -> Tensor:
         """Return the merged change of one weight, (g, out/g, in/g · kernel size)."""
