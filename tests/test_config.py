@@ -33,7 +33,8 @@ def composed() -> Iterator[Any]:
     GlobalHydra.instance().clear()
 
     def make(*overrides: str) -> dict[str, Any]:
-        given = [] if any(o.startswith("modelpool=") for o in overrides) else ["modelpool=digits"]
+        pools = ("modelpool=", "setting=")  # what chooses a pool
+        given = [] if any(o.startswith(pools) for o in overrides) else ["modelpool=digits"]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose(
                 "fusion_bench", overrides=[*given, *overrides], return_hydra_config=True
@@ -161,3 +162,33 @@ def test_places_are_taken_from_the_environment(composed, monkeypatch) -> None:
     assert paths["data_dir"] == "/d"
     monkeypatch.setenv("FUSION_CACHE", "/mine")
     assert composed()["path"]["cache_dir"] == "/mine"
+
+
+SETTINGS = [choice for choice in CHOICES if choice.startswith("setting=")]
+
+
+@pytest.mark.parametrize("choice", SETTINGS)
+def test_a_setting_names_itself_and_its_tasks_are_those_of_its_experts(composed, choice) -> None:
+    values = composed(choice)
+    assert values["setting"] == choice.partition("=")[2]
+    assert values["setting_title"]
+    pool, tasks = values["modelpool"], values["taskpool"]
+    experts = [name for name in pool["models"] if not name.startswith("_")]
+    kept, measured = pool.get("only") or experts, tasks.get("only") or list(tasks["tasks"])
+    assert set(kept) <= set(experts)
+    assert measured == kept or not set(measured) & set(experts)  # experts of the same classes
+
+
+@pytest.mark.parametrize("pool", ["digits_tasks", "digits_pair", "digits_split", "glyphs_tasks"])
+def test_one_override_changes_the_architecture_of_all_members(composed, pool) -> None:
+    models = composed(f"modelpool={pool}")["modelpool"]["models"]
+    first = next(iter(models))
+    place = f"modelpool.models.{first}.architecture"
+    values = composed(f"modelpool={pool}", f"{place}.norm=group", f"{place}.depth=14")
+    changed = values["modelpool"]["models"]
+    for name, member in changed.items():
+        assert member["architecture"] == {
+            **models[name]["architecture"],
+            "norm": "group",
+            "depth": 14,
+        }

@@ -3,7 +3,7 @@
 from fusion.data.augmentation import Augmentation
 from fusion.data.batching import batches, number_of_batches
 from fusion.data.class_subset import ClassSubset
-from fusion.data.domains import blurred, greyed, inverted, noisy, rotated
+from fusion.data.domains import blurred, faded, greyed, inverted, noisy, rotated
 from fusion.data.drawing import few
 from fusion.data.folder import image_folder
 from fusion.data.glyphs import glyphs
@@ -37,6 +37,7 @@ __all__ = [
     "class_names_of",
     "concat",
     "digits",
+    "faded",
     "few",
     "glyphs",
     "greyed",

@@ -1,4 +1,4 @@
-"""The same labels in another domain: images turned, inverted, blurred, noisy or without colour.
+"""The same labels in another domain: images turned, inverted, blurred, noisy, faded or grey.
 
 Each function takes any image set. Of :class:`~fusion.data.ImageTensors` it makes
 ``ImageTensors`` at once; of other sets it makes a view that changes each image when it is read.
@@ -19,7 +19,7 @@ from fusion.data.labelled_images import LabelledImages
 from fusion.data.seeds import seed_from
 from fusion.data.view import changed, with_known_pixels
 from fusion.errors import UserError
-from fusion.options import Positive, Seed, checked
+from fusion.options import Fraction, Positive, Seed, checked
 
 # ITU-R BT.601: how bright red, green and blue look.
 _LUMINANCE = (0.299, 0.587, 0.114)
@@ -79,6 +79,21 @@ def noisy(dataset: Dataset[Any], deviation: Positive, *, seed: Seed = 0) -> Labe
 
 
 @checked
+def faded(dataset: Dataset[Any], contrast: Fraction) -> LabelledImages:
+    """Return the images with less contrast: 1/2 + contrast · (x - 1/2) of each pixel x in 0..1.
+
+    Args:
+        dataset: the images.
+        contrast: what is left of it, in (0, 1].
+
+    Raises:
+        UserError: ``contrast`` is out of range, or the data set normalises its images and does
+            not state how.
+    """
+    return changed(with_known_pixels(dataset, "faded"), partial(_faded, contrast=contrast))
+
+
+@checked
 def greyed(dataset: Dataset[Any]) -> LabelledImages:
     """Return colour images without colour: their luminance (ITU-R BT.601) in all three channels.
 
@@ -97,6 +112,10 @@ def _turned(pixels: Tensor, _: Tensor, *, turns: int) -> Tensor:
 
 def _inverted(pixels: Tensor, _: Tensor) -> Tensor:
     return 1 - pixels
+
+
+def _faded(pixels: Tensor, _: Tensor, *, contrast: float) -> Tensor:
+    return (pixels - 0.5) * contrast + 0.5
 
 
 def _blurred(pixels: Tensor, _: Tensor, *, sigma: float) -> Tensor:

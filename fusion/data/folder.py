@@ -21,7 +21,17 @@ from fusion.data.image_tensors import ImageTensors
 from fusion.data.labelled_images import RGB_MEAN, RGB_STD
 from fusion.data.preprocessing import Preprocessing
 from fusion.errors import UserError, suggestion
-from fusion.options import NON_EMPTY, Count, FilePath, Names, Pixels, TargetMapping, Text, checked
+from fusion.options import (
+    NON_EMPTY,
+    Count,
+    FilePath,
+    Names,
+    Pixels,
+    TargetMapping,
+    Text,
+    Whole,
+    checked,
+)
 from fusion.target import build_nested
 
 # Sets whose decoded pixels take up to this are kept in memory: what `batches` copies to the
@@ -45,6 +55,7 @@ def image_folder(
     resize: Pixels | None = None,
     interpolation: Text | None = None,
     per_class: Count | None = None,
+    skip: Whole = 0,
     class_names: Names | None = None,
     channels: Literal[1, 3] = 3,
     mean: Annotated[Sequence[float], NON_EMPTY] | None = None,
@@ -72,6 +83,8 @@ def image_folder(
         interpolation: resampling filter (``bilinear``, ``bicubic``, ``lanczos``, …), which widens
             when an image shrinks; ``bilinear`` by default.
         per_class: use the first so many images of each class.
+        skip: pass over so many images of each class first: with ``skip`` equal to another set's
+            ``per_class`` the two have no image in common.
         class_names: the sub-folders that count, in the order of their labels; by default all,
             in alphabetical order.
         channels: 3 reads colour, 1 grey.
@@ -113,7 +126,7 @@ def image_folder(
             "give in_memory=false, or an Augmentation"
         )
     names = _class_names(root, class_names)
-    files = [_image_files(root / name)[:per_class] for name in names]
+    files = [_chosen(root / name, skip, per_class) for name in names]
     paths = [f"{name}/{file}" for name, found in zip(names, files, strict=True) for file in found]
     labels = torch.tensor([label for label, found in enumerate(files) for _ in found])
     mean = mean or (RGB_MEAN if channels == 3 else _GREY_MEAN)
@@ -171,6 +184,15 @@ def _class_names(root: Path, wanted: Sequence[str] | None) -> list[str]:
                 f"class_names: '{root}' has no sub-folder '{name}'{suggestion(name, found)}"
             )
     return found if wanted is None else list(wanted)
+
+
+def _chosen(folder: Path, skip: int, per_class: int | None) -> list[str]:
+    found = _image_files(folder)
+    if skip >= len(found):
+        raise UserError(
+            f"skip: '{folder}' has {len(found)} images, and {skip} are passed over; give fewer"
+        )
+    return found[skip:][:per_class]
 
 
 def _image_files(folder: Path) -> list[str]:

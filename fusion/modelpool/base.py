@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,6 +27,8 @@ from fusion.weights import TensorSource, tensors_of
 PRETRAINED = "_pretrained_"
 SPLITS = ("train", "val", "test")
 
+T = TypeVar("T")
+
 
 class BaseModelPool:
     """The networks that an algorithm merges or studies, each made only when it is asked for.
@@ -45,6 +47,11 @@ class BaseModelPool:
             Several experts may share one task.
         head: modules or tensors that make up the head of the members' architecture; by default
             the last layer of each output, found from the graph.
+        only: names of the experts that take part, all by default; the others are left out as if
+            neither they nor their data were given. Special members always stay.
+
+    Raises:
+        UserError: an option that has no meaning, or names a member that is not there.
     """
 
     @checked
@@ -58,25 +65,27 @@ class BaseModelPool:
         classes: Mapping[str, Classes] | None = None,
         tasks: Mapping[str, Text] | None = None,
         head: Names | None = None,
+        only: Names | None = None,
     ) -> None:
         if not isinstance(models, Mapping):
             models = {str(index): model for index, model in enumerate(models)}
+        left_out = self._left_out(models, only)
         self._members: dict[str, Member] = {}
         self._entries: dict[str, Entry] = {}
         self._labels: dict[str, LabelSpace | None] = {}
         self._finite: set[str] = set()
         self._checked = False
         self._named_head = None if head is None else tuple(head)
-        self._tasks = dict(tasks or {})
+        self._tasks = _without(left_out, tasks)
         self._classes = {
-            name: LabelSpace.of(list(given)) for name, given in (classes or {}).items()
+            name: LabelSpace.of(list(given)) for name, given in _without(left_out, classes).items()
         }
-        for name, model in models.items():
+        for name, model in _without(left_out, models).items():
             self.add_model(name, model)
         self._datasets: dict[str, dict[str, Any]] = {
-            "train": dict(train_datasets or {}),
-            "val": dict(val_datasets or {}),
-            "test": dict(test_datasets or {}),
+            "train": _without(left_out, train_datasets),
+            "val": _without(left_out, val_datasets),
+            "test": _without(left_out, test_datasets),
         }
         given = {f"{split}_datasets": self._datasets[split] for split in SPLITS}
         for option, names in {**given, "classes": self._classes, "tasks": self._tasks}.items():
@@ -454,11 +463,24 @@ class BaseModelPool:
             if self.entry(name).stored() is not None:
                 self._finite.add(name)
 
+    @classmethod
+    def _left_out(cls, models: Mapping[str, Any], only: Sequence[str] | None) -> set[str]:
+        if only is None:
+            return set()
+        experts = [name for name in models if not cls.is_special_model(name)]
+        for name in only:
+            check_choice("only", name, experts)
+        return set(experts) - set(only)
+
     def _unknown(self, name: str) -> str:
         return (
             f"the pool has no model '{name}'{suggestion(name, self._members)} "
             f"(it has {', '.join(self._members) or 'none'})"
         )
+
+
+def _without(left_out: Set[str], given: Mapping[str, T] | None) -> dict[str, T]:
+    return {name: value for name, value in (given or {}).items() if name not in left_out}
 
 
 def as_modelpool(models: object) -> BaseModelPool:

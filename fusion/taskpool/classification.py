@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from fusion.data import Preprocessing, batches, label_space, labels_of
 from fusion.data.shared import load_dataset
-from fusion.errors import UserError
+from fusion.errors import UserError, check_choice
 from fusion.labels import LabelSpace, joint_space
 from fusion.models import MultiTaskNetwork
-from fusion.options import NON_EMPTY, Count, TargetMapping, checked
+from fusion.options import NON_EMPTY, Count, Names, TargetMapping, checked
 from fusion.target import is_target
 from fusion.taskpool.answers import Call, Ensemble, JointRule, answer_of
 from fusion.taskpool.base import BaseTaskPool, Contestant
@@ -54,9 +54,10 @@ class ClassificationTaskPool(BaseTaskPool):
             (probabilities within each head's own classes), ``raw`` (logits as they are), or
             ``None``: not measured.
         fast_dev_run: measure on one batch only.
+        only: names of the tasks that are measured, all by default.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an option that has no meaning, or names a task that is not there.
     """
 
     preprocessing: Preprocessing | None = None
@@ -71,8 +72,13 @@ class ClassificationTaskPool(BaseTaskPool):
         evaluate_members: bool = False,
         joint: JointRule | None = "softmax",
         fast_dev_run: bool = False,
+        only: Names | None = None,
     ) -> None:
-        self._tasks: dict[str, Any] = dict(tasks)
+        for name in only or ():
+            check_choice("only", name, list(tasks))
+        self._tasks: dict[str, Any] = {
+            name: dataset for name, dataset in tasks.items() if only is None or name in only
+        }
         self._classes: dict[str, LabelSpace | None] = {}
         self.batch_size = batch_size
         self.evaluate_members = evaluate_members

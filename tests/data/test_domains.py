@@ -18,6 +18,7 @@ from fusion.data import (
     as_rgb,
     batches,
     blurred,
+    faded,
     greyed,
     grouped,
     image_folder,
@@ -38,6 +39,7 @@ VIEWS: dict[str, View] = {
     "inverted": inverted,
     "blurred": partial(blurred, sigma=1.5),
     "noisy": partial(noisy, deviation=0.1, seed=4),
+    "faded": partial(faded, contrast=0.4),
     "greyed": greyed,
     "resized": partial(resized, size=20),
     "renormalised": partial(renormalised, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]),
@@ -85,7 +87,7 @@ def test_a_view_is_the_same_in_memory_streamed_and_of_other_data_sets(
 def test_a_view_that_needs_pixels_says_so(photos: Path, name: str) -> None:
     held = image_folder(photos, image_size=48, in_memory=True)
     unknown = pairs(held, stated=False)
-    if name in ("inverted", "noisy", "greyed", "renormalised"):
+    if name in ("inverted", "noisy", "faded", "greyed", "renormalised"):
         with pytest.raises(
             UserError, match=rf"^{name}: TensorDataset\(14 .*attributes mean and std"
         ):
@@ -133,6 +135,12 @@ def test_noise_has_its_deviation_and_depends_on_seed_and_image(train_digits: Ima
     assert noisy(train_digits, 5.0).images.unique().tolist() == [*range(256)]  # clipped
 
 
+def test_fading_shrinks_the_contrast_about_grey(train_digits: ImageTensors) -> None:
+    pixels, faint = train_digits.images.float() / 255, faded(train_digits, 0.25).images / 255
+    assert (faint - 0.5 - 0.25 * (pixels - 0.5)).abs().max() <= 0.5 / 255 + 1e-6  # rounding
+    assert torch.equal(faded(train_digits, 1).images, train_digits.images)
+
+
 def test_without_colour_all_channels_are_the_luminance(streamed: ImageFiles) -> None:
     red, green, blue = streamed.pixels(0).float()
     luminance = (0.299 * red + 0.587 * green + 0.114 * blue).round()
@@ -148,6 +156,7 @@ def test_without_colour_all_channels_are_the_luminance(streamed: ImageFiles) -> 
         (lambda data: blurred(data, 0), "sigma is 0; give a number above 0"),
         (lambda data: blurred(data, 3), "reach 9 pixels far, the images have 8x8"),
         (lambda data: noisy(data, -1), "deviation is -1"),
+        (lambda data: faded(data, 0), "contrast is 0"),
         (greyed, "has 1 channels; give an RGB set"),
         (lambda data: resized(data, 0), "size is 0"),
         (lambda data: renormalised(data, mean=[0] * 3, std=[1]), "3 and 1 numbers"),

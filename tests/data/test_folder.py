@@ -43,6 +43,17 @@ def test_the_order_of_the_classes_can_be_given(folder: Path) -> None:
     assert dataset.labels.tolist() == [0, 0, 1, 1]
 
 
+def test_images_that_are_passed_over_come_first(folder: Path) -> None:
+    whole = image_folder(folder)
+    first, others = image_folder(folder, per_class=2), image_folder(folder, skip=2, per_class=2)
+    for label in range(3):
+        images = whole.images[whole.labels == label]
+        assert torch.equal(first.images[first.labels == label], images[:2])
+        assert torch.equal(others.images[others.labels == label], images[2:4])
+    with pytest.raises(UserError, match="has 5 images, and 5 are passed over"):
+        image_folder(folder, skip=5)
+
+
 def test_image_size_scales_the_shorter_side_and_crops_the_middle(tmp_path: Path) -> None:
     (tmp_path / "bars").mkdir()
     bars = torch.zeros(8, 24, 3, dtype=torch.uint8)

@@ -277,3 +277,20 @@ def test_as_modelpool_takes_what_algorithms_take(base) -> None:
     assert as_modelpool(base).all_model_names == ["_pretrained_"]
     with pytest.raises(UserError, match="not a int"):
         as_modelpool(3)
+
+
+def test_only_leaves_out_the_other_experts_with_their_data_and_keeps_the_base(base) -> None:
+    def made() -> CifarResNet:
+        return copy.deepcopy(base)
+
+    models = {"_pretrained_": made, "a": made, "b": made, "c": made}
+    data = {name: {"_target_": "fusion.data.digits"} for name in "abc"}
+    options = {"train_datasets": data, "classes": {"b": list(range(10))}, "tasks": {"b": "digit"}}
+    pool = BaseModelPool(models, **options, only=["c", "a"])
+    assert pool.all_model_names == ["_pretrained_", "a", "c"]
+    assert not pool.has_data("train", "b")
+    assert pool.tasks == {"a": ["a"], "c": ["c"]}
+    with pytest.raises(UserError, match=r"only=_pretrained_.*there are a, b, c"):
+        BaseModelPool(models, only=["_pretrained_"])
+    with pytest.raises(UserError, match="no model 'd'"):
+        BaseModelPool(models, train_datasets={"d": data["a"]}, only=["a"])

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import fx, nn
 
+from fusion.alignment import apply_permutation, permutation_spec, random_permutation
+from fusion.data import digits
 from fusion.errors import UserError
-from fusion.models import CifarResNet
-from fusion.models.cifar_resnet import PadShortcut
+from fusion.models import CifarResNet, find_head
+from fusion.models.cifar_resnet import Convolution, Norm, PadShortcut, Shortcut
+from fusion.training import fit
 from fusion.weights import load_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +99,65 @@ def test_a_depth_that_is_not_6n_plus_2(depth: int) -> None:
 def test_options_outside_their_range(options: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         CifarResNet(**options)
+
+
+VARIANTS = [("batch", conv) for conv in ("full", "grouped", "depthwise")]
+VARIANTS += [(norm, "full") for norm in ("group", "layer", "none")]
+VARIANTS += [("group", "grouped"), ("none", "depthwise")]
+
+
+@pytest.mark.parametrize(("norm", "conv"), VARIANTS)
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_variants_are_traced_to_their_head_and_permuted(
+    norm: Norm, conv: Convolution, shortcut: Shortcut
+) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(14, 6, 1, 0.5, shortcut, norm, conv).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # no zeros, no equal scales
+    images = torch.randn(4, 1, 12, 12, dtype=torch.float64)
+    logits = model(images)
+    assert logits.shape == (4, 6)
+    assert find_head(model).tensors == ("linear.weight", "linear.bias")
+    norms = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)}
+    kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "layer": nn.GroupNorm}
+    assert norms == ({kinds[norm]} if norm in kinds else set())
+
+    spec = permutation_spec(model, images)
+    head = model.linear.bias.numel()
+    assert (1 - spec.coverage) * count(model) <= head + 0.5
+    permutation = random_permutation(spec, 1)
+    assert any(not torch.equal(p, torch.arange(len(p))) for p in permutation.values())
+    permuted = apply_permutation(model, spec, permutation)
+    torch.testing.assert_close(permuted(images), logits, rtol=1e-10, atol=1e-10)
+
+
+def test_the_published_network_is_the_default() -> None:
+    torch.manual_seed(0)
+    default = CifarResNet(8).state_dict()
+    torch.manual_seed(0)
+    named = CifarResNet(8, norm="batch", conv="full").state_dict()
+    assert all(torch.equal(named[key], value) for key, value in default.items())
+    assert not [key for key in default if key.endswith("conv1.bias")]
+
+
+def test_without_norms_a_deep_network_starts_with_moderate_logits() -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(56, norm="none")
+    logits = model(torch.randn(16, 3, 32, 32))
+    assert 0.1 < logits.std().item() < 10
+
+
+@pytest.mark.parametrize(("norm", "conv"), VARIANTS)
+def test_variants_learn_digits(norm: Norm, conv: Convolution) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(8, in_channels=1, norm=norm, conv=conv)
+    history = fit(model, digits(), epochs=3, lr=0.01, batch_size=64)
+    assert history.epochs[-1].train.accuracy > 0.8
+
+
+@pytest.mark.parametrize("options", [{"norm": "group"}, {"conv": "grouped"}])
+def test_four_groups_divide_the_channels(options: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"4 groups of channels, and a stage has 10"):
+        CifarResNet(8, width=0.625, **options)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fusion.data import ClassSubset, ImageTensors, batches, grouped, inverted, label_space
+from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.models import MultiTaskNetwork, find_head
 from fusion.taskpool import JOINT, ClassificationTaskPool, Contestant, Ensemble
@@ -130,3 +131,12 @@ def test_all_networks_are_measured_in_one_pass_over_the_images(base, net, images
     assert Counted.reads <= 40 + 1  # and one to see what it gives
     alone = {name: tasks.evaluate(copy.deepcopy(m), labels=labels) for name, m in made.items()}
     assert together == alone
+
+
+def test_only_some_tasks_are_measured(model, images) -> None:
+    tasks = {name: ClassSubset(images, own) for name, own in CLASSES.items()}
+    alone = ClassificationTaskPool(tasks, only=["b"]).evaluate(model)
+    both = ClassificationTaskPool(tasks, joint=None).evaluate(model)
+    assert alone == {"b": both["b"]}
+    with pytest.raises(UserError, match=r"only=c: .*there are a, b"):
+        ClassificationTaskPool(tasks, only=["a", "c"])
