@@ -190,14 +190,16 @@ def cost(network: nn.Module, modelpool: BaseModelPool) -> dict[str, int]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what the methods inside say to warnings."""
-    logger = logging.getLogger("fusion")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Keep what methods and their merges say to warnings; members still log their training."""
+    loggers = [logging.getLogger(name) for name in ("fusion.method", "fusion.merging")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def ensemble_of(pool: BaseModelPool) -> Ensemble:
