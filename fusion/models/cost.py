@@ -52,8 +52,8 @@ def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
         return Cost(numbers, _multiply_adds(model, shape))
     distinct = list({id(network): network for network in networks}.values())
     each = [_multiply_adds(network, shape) for network in distinct]
-    if isinstance(model, MultiTaskNetwork) and len(distinct) > 1 and _heads_alone(model):
-        heads = [sum(n.get_parameter(key).numel() for key in _weights(model, n)) for n in distinct]
+    if isinstance(model, MultiTaskNetwork) and (layer := model.own_layer()) is not None:
+        heads = [network.get_parameter(f"{layer}.weight").numel() for network in distinct]
         return Cost(numbers, each[0] + sum(heads[1:]))
     return Cost(numbers, sum(each))
 
@@ -62,14 +62,3 @@ def _multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         without_values(model).eval()(torch.zeros(1, *shape, device="meta"))
     return int(counter.get_total_flops()) // 2
-
-
-def _heads_alone(model: MultiTaskNetwork) -> bool:
-    """Return whether the tasks have linear layers at the end for themselves, and nothing else."""
-    network = model.networks[0]
-    own = {key.rpartition(".")[0] for key in model.own_keys()}
-    return all(isinstance(network.get_submodule(name), nn.Linear) for name in own)
-
-
-def _weights(model: MultiTaskNetwork, network: nn.Module) -> list[str]:
-    return [key for key in model.own_keys() if network.get_parameter(key).ndim == 2]

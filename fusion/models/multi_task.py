@@ -120,6 +120,38 @@ class MultiTaskNetwork(nn.Module):
             )
         return self.networks[self._tasks.index(task)]
 
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """Return what the network of each task returns for ``images``.
+
+        Where tasks differ in the last linear layer alone (:meth:`own_layer`), the rest runs once.
+        """
+        layer, first = self.own_layer(), self.networks[0]
+        calls: list[tuple[Tensor, Tensor]] = []
+        if layer is not None:
+            hook = first.get_submodule(layer).register_forward_hook(
+                lambda _, inputs, output: calls.append((inputs[0], output))
+            )
+            try:
+                output = first(images)
+            finally:
+                hook.remove()
+        if len(calls) != 1 or calls[0][1] is not output:  # something follows, or it runs twice
+            return {task: self.for_task(task)(images) for task in self._tasks}
+        assert layer is not None
+        heads = {task: self.for_task(task).get_submodule(layer) for task in self._tasks}
+        own = first.get_submodule(layer)
+        return {task: output if h is own else h(calls[0][0]) for task, h in heads.items()}
+
+    def own_layer(self) -> str | None:
+        """Return the name of the linear layer that is all in which the tasks differ, if so."""
+        layers = {key.rpartition(".")[0] for key in self.own_keys()}
+        name = next(iter(layers), None)
+        if len(layers) != 1 or not isinstance(
+            self.networks[0].get_submodule(name or ""), nn.Linear
+        ):
+            return None
+        return name
+
     def own_keys(self) -> tuple[str, ...]:
         """Return the state-dict keys, within a task's network, of what is not shared by all."""
         states = [

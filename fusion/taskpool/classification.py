@@ -182,7 +182,10 @@ class ClassificationTaskPool(BaseTaskPool):
                     )
                     for question, classes in questions.items()
                 }
-                examinees.append(Examinee(name, device, answers))
+                several = isinstance(network, MultiTaskNetwork) and network.own_layer() is not None
+                examinees.append(
+                    Examinee(name, device, answers, network if several else None)  # type: ignore[arg-type]
+                )
             start = 0  # of the task's classes among all
             for task, classes in spaces.items() if examinees else ():
                 self._pose(task, classes, examinees, everything, start)
@@ -215,7 +218,7 @@ class ClassificationTaskPool(BaseTaskPool):
                 classes = LabelSpace(tuple(range(int(labels_of(dataset).max()) + 1)))
             for examinee in examinees:
                 shown, labels = images.to(examinee.device), targets.to(examinee.device)
-                call = _once(self._call)
+                call = _once(self._call, examinee.tasks)
                 examinee.answer(task, classes, shown, labels, call)
                 if everything is not None:
                     examinee.answer(JOINT, everything, shown, labels + start, call)
@@ -257,13 +260,32 @@ class ClassificationTaskPool(BaseTaskPool):
                 module.training = mode
 
 
-def _once(call: Call) -> Call:
-    """Return ``call`` that runs no network twice on the same images."""
+def _once(call: Call, tasks: MultiTaskNetwork | None) -> Call:
+    """Return ``call`` that runs nothing twice on the same images.
+
+    Args:
+        call: runs a network.
+        tasks: a network of several tasks that share their body.
+    """
     outputs: dict[int, Any] = {}
 
     def run(network: nn.Module, images: Tensor) -> Any:
-        if id(network) not in outputs:
+        if id(network) not in outputs and tasks is not None:
+            found = call(_AllTasks(tasks), images)
+            outputs.update({id(tasks.for_task(task)): output for task, output in found.items()})
+        elif id(network) not in outputs:
             outputs[id(network)] = call(network, images)
         return outputs[id(network)]
 
     return run
+
+
+class _AllTasks(nn.Module):
+    """A network of several tasks that answers all of them."""
+
+    def __init__(self, network: MultiTaskNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        return self.network.outputs(images)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
+from fusion.models import MultiTaskNetwork
 from fusion.taskpool.answers import Answer, Call
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,19 @@ class Examinee:
         name: what the log calls it.
         device: where it is.
         answers: question → how it is answered; ``None`` where it cannot be.
+        tasks: the network, where it has several tasks whose outputs are best computed together.
     """
 
     def __init__(
-        self, name: str, device: torch.device, answers: Mapping[str, Answer | None]
+        self,
+        name: str,
+        device: torch.device,
+        answers: Mapping[str, Answer | None],
+        tasks: MultiTaskNetwork | None = None,
     ) -> None:
         self.name = name
         self.device = device
+        self.tasks = tasks
         self._answers = dict(answers)
         self._tallies: dict[str, Tally] = {}
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
-from fusion.models import MultiTaskNetwork, find_head
+from fusion.models import CifarResNet, MultiTaskNetwork, find_head
 from fusion.training import recalibrate_batch_norm
+from fusion.weights import tensors_of
 
 
 @pytest.fixture
@@ -115,3 +116,33 @@ def test_a_task_must_be_named_where_there_are_several(parts) -> None:
     with pytest.raises(UserError, match="give at least one"):
         MultiTaskNetwork({})
     assert isinstance(only, nn.Module)
+
+
+def test_the_outputs_of_all_tasks_are_those_of_each_from_one_pass() -> None:
+    body = CifarResNet(8).eval()
+    own = {
+        task: {k: v for k, v in tensors_of(CifarResNet(8, num_classes=n)).items() if "linear" in k}
+        for task, n in {"a": 3, "b": 5}.items()
+    }
+    model = MultiTaskNetwork.assemble(body, own).eval()
+    assert model.own_layer() == "linear"
+    passes: list[object] = []
+    model.networks[0].conv1.register_forward_hook(lambda *_: passes.append(None))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = model.outputs(images)
+    assert len(passes) == 1
+    for task, output in found.items():
+        assert torch.equal(output, model(images, task=task))
+
+
+def test_tasks_that_differ_in_more_than_a_layer_run_apart() -> None:
+    body = CifarResNet(8).eval()
+    own = {}
+    for task in ("a", "b"):
+        state = tensors_of(CifarResNet(8, num_classes=3))
+        own[task] = {k: v + 1 for k, v in state.items() if k.startswith(("linear", "bn1.bias"))}
+    model = MultiTaskNetwork.assemble(body, own).eval()
+    assert model.own_layer() is None
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for task, output in model.outputs(images).items():
+        assert torch.equal(output, model(images, task=task))
