@@ -241,6 +241,14 @@ def load(path: str | Path, architecture: Architecture | None = None) -> nn.Modul
 
     Example::
 
-        network = fusion.load("outputs/run/merged.safetensors")
+        >>> import tempfile, fusion
+        >>> from fusion.models import CifarResNet
+        >>> spec = {"_target_": "fusion.models.CifarResNet", "depth": 8}
+        >>> pool = fusion.BaseModelPool({"_pretrained_": spec})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pool.save_model(CifarResNet(8), f"{folder}/merged.safetensors")
+        ...     network = fusion.load(f"{folder}/merged.safetensors")
+        >>> type(network).__name__
+        'CifarResNet'
     """
     return Checkpoint(path, architecture).build()
