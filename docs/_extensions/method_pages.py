@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fusion.config_folder import config_folder
 from fusion.merging import MatrixRule, Need, Rule, TaskRule
-from fusion.method.presets import method_names, methods, preset
+from fusion.method.presets import method_names, paper, preset, summary
 from fusion.target import build
 
 FOLDER = "methods"
@@ -41,7 +40,6 @@ def write_pages(folder: Path) -> None:
 
 def index(names: list[str]) -> str:
     """Return the page that lists the methods by what they need."""
-    table = methods().set_index("name")
     lines = [*heading("Methods, one by one", "="), ""]
     for group, about in GROUPS.items():
         members = [name for name in names if group_of(name) == group]
@@ -49,8 +47,7 @@ def index(names: list[str]) -> str:
         lines += [".. list-table::", "   :header-rows: 1", "   :widths: 30 70", ""]
         lines += ["   * - ``method=``", "     - what it does"]
         for name in members:
-            about_it = table["summary"].get(name) or summary(name)
-            lines += [f"   * - :doc:`{name}`", f"     - {plain(about_it)}"]
+            lines += [f"   * - :doc:`{name}`", f"     - {plain(summary(name))}"]
         lines += ["", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in members), ""]
     return "\n".join(lines)
 
@@ -79,7 +76,7 @@ def page(name: str) -> str:
         for term, text in facts(rule).items():
             lines += [f"**{term}.** {text}", ""]
         lines += ["**When it helps.** Measured beside the others: :doc:`/methods`.", ""]
-    if number := papers().get(name):
+    if number := paper(name):
         lines += [f"**Paper.** `arXiv {number} <https://arxiv.org/abs/{number}>`__", ""]
     if name == "merge":  # its rule is the reader's; the page is about the pipeline
         target = str(spec["_target_"])
@@ -95,13 +92,6 @@ def page(name: str) -> str:
         ]
     lines += options(name, rule)
     return "\n".join(lines)
-
-
-@cache
-def papers() -> Mapping[str, str]:
-    """Return name of a method → arXiv number of its paper, where its docstring names one."""
-    table = methods()
-    return dict(zip(table["name"], table["paper"], strict=True))
 
 
 def facts(rule: Rule) -> dict[str, str]:
@@ -189,12 +179,6 @@ def group_of(name: str) -> str:
     needs = build(spec["rule"]).needs
     data = {Need.IMAGES, Need.LABELS, Need.GRADIENTS} & set(needs)
     return "From weights and images" if data else "From the weights alone"
-
-
-def summary(name: str) -> str:
-    """Return the first line of the YAML file of a method."""
-    file = config_folder() / "method" / f"{name}.yaml"
-    return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def plain(text: str) -> str:

@@ -26,6 +26,8 @@ Commands to begin with:
       table, figures and page of a sweep, anew, from its runs' reports
   fusion_bench export=merged.safetensors task=NAME to=plain.safetensors
       one task of a merged network as a plain one: a state dict (.safetensors, .pt) or .onnx
+  fusion_bench push=FOLDER to=user/name
+      upload a run's network, model card and report to the Hugging Face hub, private by default
 """
 _FLAGS = """\
 Flags:

@@ -91,6 +91,7 @@ class Checkpoint(Member):
         if not path:
             raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
         self._given_path = path
+        self.source = str(path)
         self._hub = hub_file(path, revision=revision, offline=offline)
         self._architecture = architecture
         self._key = key
