@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from measured import tables
+
 from fusion.config_folder import config_folder
 from fusion.merging import MatrixRule, Need, Rule, TaskRule
 from fusion.method.presets import method_names, paper, preset, summary
 from fusion.target import build
 
 FOLDER = "methods"
+TABLES = Path(__file__).parent.parent / "methods.md"
 GROUPS = {
     "From the weights alone": "These need no data, only the members of the pool.",
     "From weights and images": "These also look at some of the experts' training images.",
@@ -75,7 +78,6 @@ def page(name: str) -> str:
         lines += [*heading("At a glance", "-"), ""]
         for term, text in facts(rule).items():
             lines += [f"**{term}.** {text}", ""]
-        lines += ["**When it helps.** Measured beside the others: :doc:`/methods`.", ""]
     if number := paper(name):
         lines += [f"**Paper.** `arXiv {number} <https://arxiv.org/abs/{number}>`__", ""]
     if name == "merge":  # its rule is the reader's; the page is about the pipeline
@@ -90,6 +92,7 @@ def page(name: str) -> str:
             "   :no-index:",
             "",
         ]
+    lines += measured(name)
     lines += options(name, rule)
     return "\n".join(lines)
 
@@ -130,6 +133,27 @@ def facts(rule: Rule) -> dict[str, str]:
             "Layers are merged from input to output; each is measured behind those merged before."
         )
     return found
+
+
+def measured(name: str) -> list[str]:
+    """Return the rows of a method in the tables of :doc:`/methods`, with what makes them."""
+    lines: list[str] = []
+    for table in tables(TABLES.read_text(encoding="utf-8")):
+        rows = table.of(name)
+        if not rows:
+            continue
+        lines += [f"{plain(table.title)} (``{table.command}``):", ""]
+        lines += [".. list-table::", "   :header-rows: 1", "   :class: measured", ""]
+        for row in (table.heads, *rows):
+            first, *others = (plain(cell.replace("`", "")) for cell in row)
+            lines += [f"   * - {first}", *(f"     - {cell}".rstrip() for cell in others)]
+        lines.append("")
+    if not lines:
+        return []
+    about = (
+        "When does it help? :doc:`/methods` has these numbers beside those of the other methods."
+    )
+    return [*heading("Measured", "-"), "", about, "", *lines]
 
 
 def options(name: str, rule: Rule | None) -> list[str]:
