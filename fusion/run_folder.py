@@ -83,7 +83,7 @@ class RunFolder:
             self._check_tables(tables)
         recover(self.path)
         present = _visible(self.path)
-        if CARD in present and CARD not in _files_of_run(self.path):
+        if CARD in present and CARD not in _files_of_run(self.path, self.report_path):
             raise UserError(
                 f"output_path: '{self.path / CARD}' is not of a run, and the run's model card "
                 f"would replace it; choose another folder"
@@ -296,10 +296,10 @@ def _move_in(ready: Path, folder: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def _files_of_run(folder: Path) -> set[str]:
-    """Return the files that the report in ``folder`` counts as its run's."""
+def _files_of_run(folder: Path, report: Path | None = None) -> set[str]:
+    """Return the files in ``folder`` that belong to a run, by its ``report`` (default: in it)."""
     try:
-        files = set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
+        files = set(json.loads((report or folder / REPORT).read_text(encoding="utf-8"))[FILES])
     except (OSError, ValueError, KeyError, TypeError):
         return set()  # no run, or one of another kind: nothing of it is removed
     return {name for name in files if _is_inside(folder, name)}

@@ -159,8 +159,10 @@ def test_a_readme_of_somebody_is_not_replaced(tmp_path) -> None:
         RunFolder(tmp_path, overwrite=True).check()
 
 
-def test_the_card_of_an_earlier_run_is_replaced(peers, tmp_path) -> None:
-    first = run(tmp_path, BaseModelPool(peers))
-    second = run(tmp_path, BaseModelPool(peers), "slerp", overwrite=True)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_card_of_an_earlier_run_is_replaced(elsewhere, peers, tmp_path) -> None:
+    more = {"report_save_path": tmp_path / "report.json"} if elsewhere else {}
+    first = run(tmp_path / "run", BaseModelPool(peers), **more)
+    second = run(tmp_path / "run", BaseModelPool(peers), "slerp", overwrite=True, **more)
     assert "# simple" in first
     assert "# slerp" in second
