@@ -1,6 +1,7 @@
 """How the manual is built."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,17 @@ extensions = [
     "local_mathjax",
     "method_pages",
 ]
+# Building fetches nothing, unless somebody asks for links into the manuals of others.
+if os.environ.get("DOCS_ONLINE") == "1":
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "torchvision": ("https://docs.pytorch.org/vision/stable", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "pandas": ("https://pandas.pydata.org/docs", None),
+        "lightning": ("https://lightning.ai/docs/fabric/stable", None),
+    }
 exclude_patterns = ["_build", "_extensions", "gallery"]
 default_role = "py:obj"
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fusion.cli.pools import load_modelpool, load_taskpool, pools
     from fusion.errors import UserError
     from fusion.method.base import BaseAlgorithm
     from fusion.method.presets import merge, methods
@@ -24,8 +25,11 @@ __all__ = [
     "UserError",
     "__version__",
     "load",
+    "load_modelpool",
+    "load_taskpool",
     "merge",
     "methods",
+    "pools",
 ]
 
 _HOMES = {
@@ -34,8 +38,11 @@ _HOMES = {
     "BaseTaskPool": "fusion.taskpool.base",
     "UserError": "fusion.errors",
     "load": "fusion.modelpool.checkpoint",
+    "load_modelpool": "fusion.cli.pools",
+    "load_taskpool": "fusion.cli.pools",
     "merge": "fusion.method.presets",
     "methods": "fusion.method.presets",
+    "pools": "fusion.cli.pools",
 }
 
 

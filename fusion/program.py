@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import fusion
+from fusion.card import model_card
 from fusion.checks import check_run
 from fusion.errors import UserError
 from fusion.evaluation import Evaluation, evaluate_run
@@ -26,7 +27,7 @@ from fusion.method.base import ResultFile
 from fusion.method.training_data import training_data
 from fusion.modelpool import BaseModelPool
 from fusion.options import FilePath, Seed, TargetMapping, checked
-from fusion.run_folder import CONFIG, FINETUNED, RunFolder, save_report
+from fusion.run_folder import CARD, CONFIG, FINETUNED, RunFolder, save_report
 from fusion.target import build, build_nested, is_target
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuned, FineTuning
@@ -209,6 +210,8 @@ class FusionProgram:
             seconds["evaluate"] = time.perf_counter() - start
         report = {
             **self._provenance(algorithm, pool),
+            "sources": {name: pool.entry(name).member.source for name in pool.all_model_names},
+            "datasets": sorted(_data_sets(self._modelpool)),
             "options": self._options(),
             "evaluation": evaluation.results,
             "shares_of_experts": evaluation.shares,
@@ -224,6 +227,7 @@ class FusionProgram:
             _log_metrics(fabric, evaluation.results)
             if evaluation.results:
                 log.info("Accuracy (%%)\n%s", accuracy_table(evaluation.results, evaluation.means))
+            write_text(working / CARD, model_card(report, working / MODEL))
             save_report(working, report)
         fabric.barrier()
         return Outcome(model, report)
@@ -313,6 +317,16 @@ def _moved(value: Any, source: str, target: str) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, source, target) for key, item in value.items()}
     return target if value == source else value
+
+
+def _data_sets(value: Any) -> set[str]:
+    """Return the constructors of data sets that a pool's mapping names."""
+    if not isinstance(value, Mapping | list):
+        return set()
+    inner = value.values() if isinstance(value, Mapping) else value
+    found = {name for item in inner for name in _data_sets(item)}
+    target = str(value.get("_target_", "")) if isinstance(value, Mapping) else ""
+    return found | ({target} if target.startswith("fusion.data.") else set())
 
 
 def _made(value: Any, kind: type, option: str) -> Any:

@@ -11,7 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 REPORT = "report.json"
 FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
+CARD = "README.md"  # the model card, under the name that the Hugging Face hub asks for
 LOG = "fusion_bench.log"
 COMMAND = "command.txt"  # of a sweep, in the folder of all its jobs
 ERROR = "error.json"  # what a job of a sweep leaves that failed
@@ -81,9 +82,14 @@ class RunFolder:
         if tables is not None:
             self._check_tables(tables)
         recover(self.path)
+        present = _visible(self.path)
+        if CARD in present and CARD not in _files_of_run(self.path, self.report_path):
+            raise UserError(
+                f"output_path: '{self.path / CARD}' is not of a run, and the run's model card "
+                f"would replace it; choose another folder"
+            )
         if self._overwrite:
             return
-        present = _visible(self.path)
         if REPORT in present:
             raise UserError(
                 f"'{self.path}' holds a finished run; choose another output_path, or replace it "
@@ -225,8 +231,13 @@ def save_report(folder: Path, report: Mapping[str, Any]) -> None:
     write_text(folder / REPORT, text + "\n")
 
 
-def finished_report(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a run whose files are all there and whole; ``None`` otherwise."""
+def finished_report(folder: Path, *, changed: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Return the report of a run whose files are all there and whole; ``None`` otherwise.
+
+    Args:
+        folder: the run's.
+        changed: names of files that somebody may have changed since.
+    """
     recover(folder)
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -236,6 +247,7 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
             and (folder / name).stat().st_size == entry["bytes"]
             and _sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
+            if name not in changed
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # no report, or a damaged one
@@ -284,10 +296,10 @@ def _move_in(ready: Path, folder: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def _files_of_run(folder: Path) -> set[str]:
-    """Return the files that the report in ``folder`` counts as its run's."""
+def _files_of_run(folder: Path, report: Path | None = None) -> set[str]:
+    """Return the files in ``folder`` that belong to a run, by its ``report`` (default: in it)."""
     try:
-        files = set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
+        files = set(json.loads((report or folder / REPORT).read_text(encoding="utf-8"))[FILES])
     except (OSError, ValueError, KeyError, TypeError):
         return set()  # no run, or one of another kind: nothing of it is removed
     return {name for name in files if _is_inside(folder, name)}

@@ -14,9 +14,8 @@ import logging
 from pathlib import Path
 
 import pandas as pd
-from pools import composed
 
-from fusion.config_folder import config_folder
+from fusion.cli.pools import composed
 from fusion.figures.barrier import barrier_figure
 from fusion.figures.style import save_figure
 from fusion.files import write_text
@@ -28,7 +27,7 @@ from fusion.training.devices import make_fabric
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pool", default="digits_pair", help="a pool of two networks")
-    parser.add_argument("--config-dir", type=Path, default=config_folder(), help="where it lies")
+    parser.add_argument("--config-dir", type=Path, help="a folder of YAML of your own")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/barrier"))
     parser.add_argument("overrides", nargs="*", help="further options, as for fusion_bench")
@@ -41,7 +40,7 @@ def main() -> None:
     for seed in range(arguments.pairs):
         chosen = ["method=interpolation_barrier", f"modelpool={arguments.pool}", f"seed={seed}"]
         keys = ("method", "modelpool", "fabric")
-        values = composed([*chosen, *arguments.overrides], keys, arguments.config_dir)
+        values = composed([*chosen, *arguments.overrides], keys, config_dir=arguments.config_dir)
         method, pool = build(values["method"]), build(values["modelpool"])
         method.fabric = make_fabric(
             {k: v for k, v in values["fabric"].items() if k not in ("_target_", "loggers")}

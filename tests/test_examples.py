@@ -8,8 +8,13 @@ import inspect
 
 import pytest
 
+import fusion
+
 FOLDERS = ("fusion.merging", "fusion.alignment", "fusion.spectrum", "fusion.weights")
-FUNCTIONS = [("fusion.method.presets", "merge"), ("fusion.method.presets", "methods")] + [
+FUNCTIONS = [
+    ("fusion", name) for name in fusion.__all__ if inspect.isfunction(getattr(fusion, name))
+]
+FUNCTIONS += [
     (folder, name)
     for folder in FOLDERS
     for name in importlib.import_module(folder).__all__

@@ -24,6 +24,9 @@ from fusion.target import build
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+sys.path.append(str(DOCS / "_extensions"))  # as docs/conf.py does: they import each other
+
+
 def extension(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, DOCS / "_extensions" / f"{name}.py")
     assert spec is not None
@@ -55,6 +58,27 @@ def test_a_page_has_the_options_that_the_method_has(name) -> None:
     assert all(f"``{option}``" in page for option in listed)
     target = (preset(name).get("rule") or preset(name))["_target_"]
     assert target == "???" or f".. autoclass:: {target}" in page
+
+
+def test_a_measured_row_stands_on_the_page_of_its_method() -> None:
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    tables = list(extension("measured").tables(text))
+    assert {"Digits, four tasks", "CIFAR-10, five tasks"} <= {table.title for table in tables}
+    assert all(table.command.split()[0] in ("python", "fusion_bench") for table in tables)
+    pages = {name: PAGES.page(name) for name in method_names()}
+    shown = 0
+    for table in tables:
+        assert all(len(row) == len(table.heads) for row in table.rows)
+        for row in table.rows:
+            first = re.match(r"`?(\w+)", row[0])[1]
+            owners = [name for name in pages if row in table.of(name)]
+            assert owners == ([first] if first in pages else []), row
+            for name in owners:
+                cells = "\n".join(f"     - {cell}".rstrip() for cell in row[1:])
+                assert cells in pages[name]
+                assert table.command in pages[name]
+                shown += 1
+    assert shown > 40
 
 
 def test_a_page_is_written_only_where_it_changed(tmp_path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from measured import tables
+
 from fusion.config_folder import config_folder
 from fusion.merging import MatrixRule, Need, Rule, TaskRule
-from fusion.method.presets import method_names, methods, preset
+from fusion.method.presets import method_names, paper, preset, summary
 from fusion.target import build
 
 FOLDER = "methods"
+TABLES = Path(__file__).parent.parent / "methods.md"
 GROUPS = {
     "From the weights alone": "These need no data, only the members of the pool.",
     "From weights and images": "These also look at some of the experts' training images.",
@@ -41,7 +43,6 @@ def write_pages(folder: Path) -> None:
 
 def index(names: list[str]) -> str:
     """Return the page that lists the methods by what they need."""
-    table = methods().set_index("name")
     lines = [*heading("Methods, one by one", "="), ""]
     for group, about in GROUPS.items():
         members = [name for name in names if group_of(name) == group]
@@ -49,8 +50,7 @@ def index(names: list[str]) -> str:
         lines += [".. list-table::", "   :header-rows: 1", "   :widths: 30 70", ""]
         lines += ["   * - ``method=``", "     - what it does"]
         for name in members:
-            about_it = table["summary"].get(name) or summary(name)
-            lines += [f"   * - :doc:`{name}`", f"     - {plain(about_it)}"]
+            lines += [f"   * - :doc:`{name}`", f"     - {plain(summary(name))}"]
         lines += ["", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in members), ""]
     return "\n".join(lines)
 
@@ -78,8 +78,7 @@ def page(name: str) -> str:
         lines += [*heading("At a glance", "-"), ""]
         for term, text in facts(rule).items():
             lines += [f"**{term}.** {text}", ""]
-        lines += ["**When it helps.** Measured beside the others: :doc:`/methods`.", ""]
-    if number := papers().get(name):
+    if number := paper(name):
         lines += [f"**Paper.** `arXiv {number} <https://arxiv.org/abs/{number}>`__", ""]
     if name == "merge":  # its rule is the reader's; the page is about the pipeline
         target = str(spec["_target_"])
@@ -93,15 +92,9 @@ def page(name: str) -> str:
             "   :no-index:",
             "",
         ]
+    lines += measured(name)
     lines += options(name, rule)
     return "\n".join(lines)
-
-
-@cache
-def papers() -> Mapping[str, str]:
-    """Return name of a method → arXiv number of its paper, where its docstring names one."""
-    table = methods()
-    return dict(zip(table["name"], table["paper"], strict=True))
 
 
 def facts(rule: Rule) -> dict[str, str]:
@@ -140,6 +133,27 @@ def facts(rule: Rule) -> dict[str, str]:
             "Layers are merged from input to output; each is measured behind those merged before."
         )
     return found
+
+
+def measured(name: str) -> list[str]:
+    """Return the rows of a method in the tables of :doc:`/methods`, with what makes them."""
+    lines: list[str] = []
+    for table in tables(TABLES.read_text(encoding="utf-8")):
+        rows = table.of(name)
+        if not rows:
+            continue
+        lines += [f"{plain(table.title)} (``{table.command}``):", ""]
+        lines += [".. list-table::", "   :header-rows: 1", "   :class: measured", ""]
+        for row in (table.heads, *rows):
+            first, *others = (plain(cell.replace("`", "")) for cell in row)
+            lines += [f"   * - {first}", *(f"     - {cell}".rstrip() for cell in others)]
+        lines.append("")
+    if not lines:
+        return []
+    about = (
+        "When does it help? :doc:`/methods` has these numbers beside those of the other methods."
+    )
+    return [*heading("Measured", "-"), "", about, "", *lines]
 
 
 def options(name: str, rule: Rule | None) -> list[str]:
@@ -189,12 +203,6 @@ def group_of(name: str) -> str:
     needs = build(spec["rule"]).needs
     data = {Need.IMAGES, Need.LABELS, Need.GRADIENTS} & set(needs)
     return "From weights and images" if data else "From the weights alone"
-
-
-def summary(name: str) -> str:
-    """Return the first line of the YAML file of a method."""
-    file = config_folder() / "method" / f"{name}.yaml"
-    return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def plain(text: str) -> str:

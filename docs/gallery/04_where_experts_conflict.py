@@ -9,20 +9,12 @@ The pool is one that comes with the package: four experts on handwritten digits.
 the command line does, trained when first used, and kept on disk.
 """
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from fusion.cli.job import register_resolvers
-from fusion.config_folder import config_folder
+import fusion
 from fusion.figures.layer_agreement import layer_agreement
 from fusion.figures.similarity_heatmap import similarity_heatmap
 from fusion.method import TaskVectorCosSimilarity
-from fusion.target import build
 
-register_resolvers()
-with initialize_config_dir(str(config_folder()), version_base="1.3"):
-    config = compose("fusion_bench", overrides=["modelpool=digits_tasks"])
-pool = build(OmegaConf.to_container(config.modelpool, resolve=True))
+pool = fusion.load_modelpool("digits_tasks")
 
 # %%
 # The analysis reads the experts tensor by tensor; its tables are attributes afterwards.

@@ -6,22 +6,11 @@ Running means and variances describe the inputs of a layer. After a merge these 
 so the statistics must be, too. The same merged weights with each treatment:
 """
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 import fusion
-from fusion.cli.job import register_resolvers
-from fusion.config_folder import config_folder
 from fusion.figures.style import COLORS, house_style, new_figure
-from fusion.target import build
 
-register_resolvers()
-with initialize_config_dir(str(config_folder()), version_base="1.3"):
-    choices = ["modelpool=digits_tasks", "taskpool=digits_tasks"]
-    config = compose("fusion_bench", overrides=choices)
-pool, tasks = (
-    build(OmegaConf.to_container(config[key], resolve=True)) for key in ("modelpool", "taskpool")
-)
+pool = fusion.load_modelpool("digits_tasks")
+tasks = fusion.load_taskpool("digits_tasks")
 
 # %%
 # The mean of four experts with heads of their own. ``recalibrate`` measures the statistics on

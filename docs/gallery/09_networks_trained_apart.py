@@ -6,21 +6,11 @@ Without a common base there are no task vectors. Two networks from different ini
 still be merged: aligned first, then averaged, or solved layer by layer on a few hundred images.
 """
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 import fusion
-from fusion.cli.job import register_resolvers
-from fusion.config_folder import config_folder
 from fusion.figures.style import COLORS, house_style, new_figure
-from fusion.target import build
 
-register_resolvers()
-with initialize_config_dir(str(config_folder()), version_base="1.3"):
-    config = compose("fusion_bench", overrides=["modelpool=digits_pair", "taskpool=digits"])
-pool, tasks = (
-    build(OmegaConf.to_container(config[key], resolve=True)) for key in ("modelpool", "taskpool")
-)
+pool = fusion.load_modelpool("digits_pair")
+tasks = fusion.load_taskpool("digits")
 
 # %%
 # The networks themselves, and four ways to make one of them.

@@ -26,6 +26,8 @@ Commands to begin with:
       table, figures and page of a sweep, anew, from its runs' reports
   fusion_bench export=merged.safetensors task=NAME to=plain.safetensors
       one task of a merged network as a plain one: a state dict (.safetensors, .pt) or .onnx
+  fusion_bench push=FOLDER to=user/name
+      upload a run's network, model card and report to the Hugging Face hub, private by default
 """
 _FLAGS = """\
 Flags:
@@ -77,11 +79,11 @@ def _group(folders: Sequence[Path], name: str) -> str:
         for folder in reversed(folders)
         for file in sorted((folder / name).glob("*.yaml"))
     }
-    entries = [(stem, _description(file)) for stem, file in sorted(files.items())]
+    entries = [(stem, description(file)) for stem, file in sorted(files.items())]
     return f"{name}\n" + _columns(entries)
 
 
-def _description(file: Path) -> str:
+def description(file: Path) -> str:
     """Return the comment that the file begins with; Hydra's own header may stand before it."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     first = next((line for line in lines if not line.startswith("# @package")), "")

@@ -94,7 +94,7 @@ def _configured(config: DictConfig, folder: Path) -> dict[str, Any]:
         _check_kinds(config)
         _check_references()
         _check_save_paths(config)
-        values = _plain(config)
+        values = plain_values(config)
     except OmegaConfBaseException as error:
         typed = [*sys.argv[1:], *_overrides()]
         raise UserError(explain(error, typed, config_folder())) from error
@@ -144,14 +144,18 @@ def _run_program(values: Mapping[str, Any], folder: Path, text: str) -> None:
     ).run()
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def plain_values(config: DictConfig, keys: Sequence[str] | None = None) -> dict[str, Any]:
     """Return the configuration in plain Python values, every reference resolved.
+
+    Args:
+        config: what Hydra composed.
+        keys: the entries that are wanted; by default all.
 
     Raises:
         UserError: a value that somebody must give is missing.
     """
     values: dict[str, Any] = {}
-    for key in config:
+    for key in config if keys is None else keys:
         # A path that nobody refers to may stay without a value.
         complete = key != "path"
         try:

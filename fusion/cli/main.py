@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +15,9 @@ from fusion.errors import UserError, suggestion
 PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
 EXPORT = "export="
+PUSH = "push="
 _EXPORT_OPTIONS = ("export", "to", "task", "shape", "overwrite")
+_PUSH_OPTIONS = ("push", "to", "private")
 # The exit codes of a shell for a process that a signal ended: 128 and its number.
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -70,6 +72,8 @@ def _answer(arguments: list[str]) -> None:
         _summarize(arguments)
     elif any(argument.startswith(EXPORT) for argument in arguments):
         _export(arguments)
+    elif any(argument.startswith(PUSH) for argument in arguments):
+        _push(arguments)
     else:
         _hydra(arguments)
 
@@ -99,20 +103,13 @@ def _summarize(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     """Write a merged network, or one task of it, as a plain network."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    for name in given:
-        if name not in _EXPORT_OPTIONS:
-            raise UserError(
-                f"export has no option '{name}'{suggestion(name, _EXPORT_OPTIONS)} (options: "
-                f"{', '.join(_EXPORT_OPTIONS)})"
-            )
+    given = _given("export", arguments, _EXPORT_OPTIONS)
     if not given["export"] or not given.get("to"):
         raise UserError("export needs two files: export=merged.safetensors to=plain.safetensors")
     sizes = given.get("shape", "").strip("[]").replace(",", " ").split()
     if not all(size.isdecimal() for size in sizes):
         raise UserError(f"shape={given['shape']}: give three sizes, such as shape=[3,224,224]")
-    if given.get("overwrite", "false") not in ("true", "false"):
-        raise UserError(f"overwrite={given['overwrite']}: give true or false")
+    overwrite = _flag(given, "overwrite", default=False)
     from fusion.export import export
 
     written = export(
@@ -120,9 +117,39 @@ def _export(arguments: list[str]) -> None:
         given["to"],
         task=given.get("task"),
         shape=[int(size) for size in sizes] or None,
-        overwrite=given.get("overwrite") == "true",
+        overwrite=overwrite,
     )
     sys.stdout.write(f"Wrote {written}\n")
+
+
+def _push(arguments: list[str]) -> None:
+    """Upload a run to the Hugging Face hub."""
+    given = _given("push", arguments, _PUSH_OPTIONS)
+    if not given["push"] or not given.get("to"):
+        raise UserError("push needs a run's folder and a repository: push=FOLDER to=user/name")
+    private = _flag(given, "private", default=True)
+    from fusion.card import push
+
+    sys.stdout.write(f"Uploaded {push(given['push'], given['to'], private=private)}\n")
+
+
+def _given(verb: str, arguments: Sequence[str], options: Sequence[str]) -> dict[str, str]:
+    """Return option → value of a command that composes no configuration."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    for name in given:
+        if name not in options:
+            raise UserError(
+                f"{verb} has no option '{name}'{suggestion(name, options)} (options: "
+                f"{', '.join(options)})"
+            )
+    return given
+
+
+def _flag(given: Mapping[str, str], name: str, *, default: bool) -> bool:
+    value = given.get(name, str(default).lower())
+    if value not in ("true", "false"):
+        raise UserError(f"{name}={value}: give true or false")
+    return value == "true"
 
 
 def _hydra(arguments: list[str]) -> None:

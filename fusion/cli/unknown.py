@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fusion.cli.composing import composing
 from fusion.cli.folders import extra_folders
 from fusion.elsewhere import OPTIONS
 from fusion.errors import suggestion
@@ -79,17 +79,12 @@ def known_values(
     found: dict[str, Any] = {
         str(p.relative_to(config_folder)): None for p in config_folder.rglob("*") if p.is_dir()
     }
-    hydra = GlobalHydra.instance()
-    running = hydra.hydra
-    hydra.clear()
     try:
-        with initialize_config_dir(str(config_folder), version_base="1.3"):
+        with composing(config_folder):
             config = compose("fusion_bench", overrides=rest, return_hydra_config=True)
         _add(found, OmegaConf.to_container(config, resolve=False), "")
     except _UNREADABLE:  # more than one thing is wrong: the groups are still known
         pass
-    finally:
-        hydra.hydra = running
     return found
 
 

@@ -20,6 +20,14 @@ def accuracy_table(
         evaluations: model → task → metrics with ``accuracy`` between 0 and 1.
         means: heading of a further column → model → number between 0 and 1, or ``None``.
     """
+    return "\n".join(f"  {line}" for line in _aligned(accuracy_rows(evaluations, means)))
+
+
+def accuracy_rows(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    means: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> list[list[str]]:
+    """Return the cells of :func:`accuracy_table`, the headings first."""
     tasks = list(dict.fromkeys(task for results in evaluations.values() for task in results))
     further = dict(means or {})
     rows = [["model", *tasks, *further]]
@@ -27,7 +35,7 @@ def accuracy_table(
         cells = [_percent(results.get(task, {}).get("accuracy")) for task in tasks]
         cells += [_percent(column.get(model)) for column in further.values()]
         rows.append([model, *cells])
-    return "\n".join(f"  {line}" for line in _aligned(rows))
+    return rows
 
 
 def _percent(value: float | None) -> str:

@@ -6,7 +6,6 @@ import copy
 import importlib
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -149,21 +148,32 @@ def methods() -> pd.DataFrame:
             continue
         target = locate(str(about["_target_"]))
         needs = build(about).needs if "rule" in spec else getattr(target, "needs", ())
-        file = config_folder() / "method" / f"{name}.yaml"
-        paper = _ARXIV.search(target.__doc__ or "") or _ARXIV.search(_module_doc(target))
         rows.append(
             {
                 "name": name,
-                "summary": _summary(file),
+                "summary": summary(name),
                 "needs": ", ".join(sorted(need.value for need in needs)),
-                "paper": paper[1] if paper else "",
+                "paper": paper(name),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _summary(file: Path) -> str:
+def summary(method: str) -> str:
+    """Return what a method does, the first line of its YAML file."""
+    file = config_folder() / "method" / f"{method}.yaml"
     return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
+def paper(method: str) -> str:
+    """Return the arXiv number of a method's paper, ``""`` where its docstring names none."""
+    spec = preset(method)
+    target = str((spec.get("rule") or spec)["_target_"])
+    if target == "???":
+        return ""
+    found = locate(target)
+    number = _ARXIV.search(found.__doc__ or "") or _ARXIV.search(_module_doc(found))
+    return number[1] if number else ""
 
 
 def _module_doc(target: Any) -> str:

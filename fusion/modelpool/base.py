@@ -33,6 +33,11 @@ T = TypeVar("T")
 class BaseModelPool:
     """The networks that an algorithm merges or studies, each made only when it is asked for.
 
+    ``len(pool)``, ``iter(pool)`` and ``name in pool`` are about the experts alone, in one order:
+    they are what is merged, and what ``name`` stands for in a loop can always be merged. Whether
+    there is a base says :attr:`has_pretrained`; :attr:`all_model_names` has every member. A pool
+    is false only where it has no member at all: a base alone can be measured and saved.
+
     Args:
         models: name → member. A member is a ``torch.nn.Module``, a mapping with ``_target_``, a
             zero-argument callable that returns a module, a ``Checkpoint`` or a ``TrainedModel``.
@@ -116,7 +121,7 @@ class BaseModelPool:
         return list(self._members)
 
     def __len__(self) -> int:
-        """Return the number of experts."""
+        """Return the number of experts, as many as iteration yields."""
         return len(self.model_names)
 
     def __bool__(self) -> bool:

@@ -91,6 +91,7 @@ class Checkpoint(Member):
         if not path:
             raise UserError("a checkpoint has no path; name its file (path.checkpoint=FILE)")
         self._given_path = path
+        self.source = str(path)
         self._hub = hub_file(path, revision=revision, offline=offline)
         self._architecture = architecture
         self._key = key
@@ -241,6 +242,14 @@ def load(path: str | Path, architecture: Architecture | None = None) -> nn.Modul
 
     Example::
 
-        network = fusion.load("outputs/run/merged.safetensors")
+        >>> import tempfile, fusion
+        >>> from fusion.models import CifarResNet
+        >>> spec = {"_target_": "fusion.models.CifarResNet", "depth": 8}
+        >>> pool = fusion.BaseModelPool({"_pretrained_": spec})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pool.save_model(CifarResNet(8), f"{folder}/merged.safetensors")
+        ...     network = fusion.load(f"{folder}/merged.safetensors")
+        >>> type(network).__name__
+        'CifarResNet'
     """
     return Checkpoint(path, architecture).build()

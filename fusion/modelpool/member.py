@@ -48,9 +48,11 @@ class Member(ABC):
         init_from: name of the member of the same pool that this one starts from, if any.
         architecture_spec: the mapping with ``_target_`` that builds the bare architecture, where
             there is one: it travels in the metadata of what is merged from this member.
+        source: the file, or the path on the hub, that the weights are read from, if any.
     """
 
     init_from: str | None = None
+    source: str | None = None
     architecture_spec: Mapping[str, Any] | None = None
 
     @abstractmethod

@@ -84,14 +84,23 @@ def test_what_is_loaded_is_a_copy(base, equal, net) -> None:
     assert equal(pool.load_pretrained_model(), base)
 
 
+@pytest.mark.parametrize(
+    "names", [[], ["_pretrained_"], ["a"], ["_pretrained_", "b", "a"], ["b", "_joint_", "a"]]
+)
+def test_length_iteration_and_membership_are_about_the_experts(names, base) -> None:
+    pool = BaseModelPool(dict.fromkeys(names, base))
+    assert list(pool) == pool.model_names == [name for name in names if name in ("a", "b")]
+    assert len(pool) == len(list(pool))
+    for name in ("a", "b", "c", "_pretrained_", "_joint_", 1, None):
+        assert (name in pool) == (name in list(pool))
+    assert bool(pool) == bool(pool.all_model_names)  # a base alone can be measured and saved
+    assert pool.all_model_names == names
+
+
 def test_special_names_are_not_experts(base) -> None:
     pool = BaseModelPool({"_pretrained_": base, "_joint_": base, "b": base, "a": base})
     assert pool.model_names == list(pool) == ["b", "a"]
     assert pool.all_model_names == ["_pretrained_", "_joint_", "b", "a"]
-    assert len(pool) == 2
-    assert "b" in pool
-    assert "_joint_" not in pool  # as in iteration and length: the experts
-    assert "c" not in pool
     assert pool.has_pretrained
     assert [name for name, _ in pool.named_models()] == ["b", "a"]
     assert BaseModelPool.is_special_model("_x_")

@@ -1,0 +1,50 @@
+"""The measured rows of one method, out of the tables of a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_HEADING = re.compile(r"^#+ (.*)$")
+_COMMAND = re.compile(r"`((?:python scripts/|fusion_bench )[^`]+)`")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page.
+
+    Attributes:
+        title: the heading that it stands under.
+        command: what makes its numbers, as the text before it says; ``""`` where it says nothing.
+        heads: the first row.
+        rows: the others.
+    """
+
+    title: str
+    command: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def of(self, method: str) -> list[list[str]]:
+        """Return the rows whose first cell begins with the name of a method."""
+        return [row for row in self.rows if re.match(rf"`?{method}(?![\w-])", row[0])]
+
+
+def tables(markdown: str) -> Iterator[Table]:
+    """Yield the tables of a page that a command makes."""
+    title, text, lines = "", "", []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append(_cells(line))
+            continue
+        if lines and (commands := _COMMAND.findall(text)):
+            yield Table(title, " ".join(commands[-1].split()), lines[0], lines[2:])
+        lines = []
+        if heading := _HEADING.match(line):
+            title, text = heading[1], ""
+        text += f"{line}\n"
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]

@@ -1,0 +1,22 @@
+"""Hydra's compose API beside a Hydra that may be running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+
+@contextmanager
+def composing(config_folder: Path) -> Iterator[None]:
+    """Let ``hydra.compose`` read ``config_folder``; a Hydra that runs is there again afterwards."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder), version_base="1.3"):
+            yield
+    finally:  # Hydra puts another instance in the place of the one that was there
+        GlobalHydra.instance().hydra = running

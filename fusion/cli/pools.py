@@ -1,0 +1,171 @@
+"""Pools by name from Python: what the command composes, without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hydra import compose
+
+from fusion.cli.arguments import checked_arguments
+from fusion.cli.composing import composing
+from fusion.cli.folders import choices, extra_folders
+from fusion.cli.help import description
+from fusion.cli.job import plain_values, register_resolvers
+from fusion.cli.mistakes import CONFIGURATION_ERRORS, explain
+from fusion.cli.yaml_files import check_files
+from fusion.config_folder import config_folder
+from fusion.errors import UserError
+from fusion.modelpool import BaseModelPool
+from fusion.options import FilePath, Seed, Text, checked
+from fusion.target import build
+from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Pool = TypeVar("Pool", BaseModelPool, BaseTaskPool)
+
+_GROUPS = ("modelpool", "taskpool")
+
+
+@checked
+def load_modelpool(
+    name: Text,
+    *,
+    overrides: Sequence[str] = (),
+    seed: Seed = 0,
+    config_dir: FilePath | None = None,
+) -> BaseModelPool:
+    """Return the pool that ``fusion_bench modelpool=NAME`` takes.
+
+    Nothing is trained or read before a member is asked for.
+
+    Args:
+        name: of a pool; :func:`pools` lists those that come with this package.
+        overrides: further settings as the command takes them, such as
+            ``"modelpool.models.a.epochs=3"`` or ``"path.cache_dir=FOLDER"``.
+        seed: the command's ``seed``: of members that are trained, and of data that are drawn.
+        config_dir: a folder of YAML of one's own, as for ``--config-dir``.
+
+    Raises:
+        UserError: there is no such pool or setting, or a value that it needs is missing.
+
+    Example::
+
+        >>> import fusion
+        >>> pool = fusion.load_modelpool("digits_tasks")
+        >>> pool.model_names
+        ['digit', 'parity', 'below_five', 'quarter_turn']
+    """
+    chosen = [f"modelpool={name}", f"seed={seed}", *overrides]
+    return _made(composed(chosen, ("modelpool",), config_dir=config_dir), BaseModelPool)
+
+
+@checked
+def load_taskpool(
+    name: Text,
+    *,
+    pool: BaseModelPool | None = None,
+    overrides: Sequence[str] = (),
+    seed: Seed = 0,
+    config_dir: FilePath | None = None,
+) -> BaseTaskPool:
+    """Return the tasks that ``fusion_bench taskpool=NAME`` measures.
+
+    Args:
+        name: of a task pool; :func:`pools` lists those that come with this package.
+        pool: whose networks will be measured: images whose preprocessing the YAML does not give
+            are prepared as the weights of its base expect. Needed for no pool of digits.
+        overrides, seed, config_dir: as for :func:`load_modelpool`.
+
+    Raises:
+        UserError: there is no such task pool or setting, or a value that it needs is missing.
+
+    Example::
+
+        >>> import fusion
+        >>> tasks = fusion.load_taskpool("digits_tasks")
+        >>> tasks.task_names
+        ['digit', 'parity', 'below_five', 'quarter_turn']
+    """
+    chosen = [f"taskpool={name}", f"seed={seed}", *overrides]
+    tasks = _made(composed(chosen, ("taskpool",), config_dir=config_dir), BaseTaskPool)  # type: ignore[type-abstract]
+    if pool is not None and isinstance(tasks, ClassificationTaskPool):
+        tasks.preprocessing = pool.preprocessing
+    return tasks
+
+
+def pools() -> pd.DataFrame:
+    """Return one row for each pool that comes with this package.
+
+    The columns are ``group`` (``modelpool`` or ``taskpool``), ``name`` and ``summary``.
+
+    Example::
+
+        >>> import fusion
+        >>> table = fusion.pools()
+        >>> "digits_tasks" in set(table.loc[table["group"] == "taskpool", "name"])
+        True
+    """
+    import pandas as pd
+
+    folder = config_folder()
+    rows = [
+        {"group": group, "name": name, "summary": description(folder / group / f"{name}.yaml")}
+        for group in _GROUPS
+        for name in choices(group, [folder])
+    ]
+    return pd.DataFrame(rows)
+
+
+def composed(
+    overrides: Sequence[str], keys: Sequence[str], *, config_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Return some mappings of the configuration that a command composes, references resolved.
+
+    Args:
+        overrides: what is chosen and set, as for ``fusion_bench``; without a pool of models the
+            configuration has none.
+        keys: names of the mappings, such as ``modelpool``.
+        config_dir: a folder of YAML of one's own, as for ``--config-dir``.
+
+    Raises:
+        UserError: what is chosen or set does not exist, or a value is missing.
+    """
+    folder = config_folder()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"config_dir: there is no folder '{config_dir}'; give one with YAML files")
+    flags = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    for text in overrides:
+        if text.startswith("-"):
+            raise UserError(f"overrides: '{text}' is a flag of the command; give name=value")
+    arguments = checked_arguments([*flags, *overrides], folder)
+    extra = extra_folders(arguments)
+    check_files(extra, arguments)
+    register_resolvers()
+    settings = [a for a in arguments if a not in flags]
+    if not any(a.startswith("modelpool=") for a in settings):
+        settings.append("~modelpool")
+    if extra:
+        settings.append(f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in extra)}]")
+    try:
+        with composing(folder):
+            config = compose("fusion_bench", overrides=settings)
+        for key in keys:
+            if key not in config:
+                raise UserError(f"the configuration has no {key}; choose one: {key}=NAME")
+        return plain_values(config, keys)
+    except CONFIGURATION_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(explain(error, arguments, folder)) from error
+
+
+def _made(values: Mapping[str, Any], kind: type[Pool]) -> Pool:
+    ((group, spec),) = values.items()
+    made = build(spec)
+    if not isinstance(made, kind):
+        raise UserError(f"{group} must be a {kind.__name__}, not a {type(made).__name__}")
+    return made
