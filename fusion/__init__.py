@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fusion.errors import UserError
+    from fusion.merging.cards import write_card
     from fusion.method.base import BaseAlgorithm
     from fusion.method.presets import merge, methods
     from fusion.modelpool.base import BaseModelPool
@@ -26,6 +27,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "write_card",
 ]
 
 _HOMES = {
@@ -36,6 +38,7 @@ _HOMES = {
     "load": "fusion.modelpool.checkpoint",
     "merge": "fusion.method.presets",
     "methods": "fusion.method.presets",
+    "write_card": "fusion.merging.cards",
 }
 
 

@@ -26,6 +26,8 @@ Commands to begin with:
       table, figures and page of a sweep, anew, from its runs' reports
   fusion_bench export=merged.safetensors task=NAME to=plain.safetensors
       one task of a merged network as a plain one: a state dict (.safetensors, .pt) or .onnx
+  fusion_bench card=NAME modelpool=POOL to=NAME.card.safetensors
+      statistics of one expert's images, for a merge elsewhere that never sees the images
 """
 _FLAGS = """\
 Flags:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fusion.merging.batch_norm import Calibration, recalibrate, repair_mean, statistics_keys
-from fusion.merging.heads import HeadPlan, task_labels
+from fusion.merging.gram_statistics import statistics_from_grams
+from fusion.merging.heads import HeadPlan, merged_heads, task_labels
 from fusion.merging.members import LayerChoice, Members
+from fusion.merging.statistics import Statistics
 from fusion.merging.tensors import merge_statistics
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork, resize_head
@@ -33,6 +35,8 @@ class Assembly:
         fabric: where to compute.
         calibration: the sample of images.
         weights: of the experts in the mean, for REPAIR.
+        measured: ``gram`` and ``moments`` of the experts, for a treatment of ``grams``.
+        joint: the head of a ``joint`` plan.
     """
 
     members: Members
@@ -43,6 +47,15 @@ class Assembly:
     fabric: Fabric
     calibration: Calibration
     weights: tuple[float, ...]
+    measured: Statistics | None = None
+    joint: Mapping[str, Tensor] | None = None
+
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """Return what the plan makes of the heads that are no ordinary layers."""
+        members = self.members
+        return merged_heads(
+            self.plan, members.head, members.base, members.experts, self.modelpool, self.joint
+        )
 
     def network(
         self,
@@ -81,6 +94,10 @@ class Assembly:
             recalibrate(body, self.modelpool, self.fabric, self.calibration)
         elif self.treatment == "repair":
             self._repair(body)
+        elif self.treatment == "grams":
+            assert self.measured is not None
+            found = statistics_from_grams(self.members, self.choice, body, self.measured)
+            load_tensors(body, found)
         by_task = {task: head for task, head in heads.items() if task}
         if by_task or own or self.treatment == "recalibrate_per_task":
             return self._with_tasks(body, by_task, own or {})
