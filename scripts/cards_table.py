@@ -34,7 +34,7 @@ from fusion.merging.joint_head import RIDGE, ClassStatistics, solve_head
 from fusion.merging.members import Members
 from fusion.merging.statistics import collect, gather
 from fusion.modelpool import BaseModelPool
-from fusion.models import CifarResNet, MultiTaskNetwork, find_layers
+from fusion.models import CifarResNet, find_layers
 from fusion.target import build
 from fusion.taskpool import ClassificationTaskPool, Contestant, Ensemble
 from fusion.weights import load_tensors
@@ -187,9 +187,12 @@ def joint(seed: int, folder: Path) -> Iterator[dict[str, Any]]:
         }.items():
 
             def merged(
-                head: str, method: str = method, options: Mapping[str, Any] = options
+                head: str,
+                given: BaseModelPool = from_cards,
+                method: str = method,
+                options: Mapping[str, Any] = options,
             ) -> nn.Module:
-                return fusion.merge(from_cards, method, head=head, plot=False, **options)
+                return fusion.merge(given, method, head=head, plot=False, **options)
 
             yield row(kind, f"{method}, a head per task", accuracy(merged("tasks"), None, images))
             result = merged("joint")
@@ -197,7 +200,7 @@ def joint(seed: int, folder: Path) -> Iterator[dict[str, Any]]:
             yield row(kind, f"{method}, joint head from cards", accuracy(result, TEN, images))
             # The owners write cards of the merged network: the head is then that of all images.
             second = BaseModelPool(
-                {name: result for name in pool},
+                dict.fromkeys(pool, result),
                 train_datasets={name: pool.dataset(name) for name in pool},
                 classes={name: list(map(str, range(10))) for name in pool},
             )
@@ -273,11 +276,15 @@ def sizes() -> None:
     }.items():
         names = [str(number) for number in range(8)]
         data = ImageTensors(torch.rand(8, 3, 32, 32), torch.arange(8), class_names=names)
-        pool = BaseModelPool({"a": made.eval()}, train_datasets={"a": data}, classes={"a": list(range(10))})
+        pool = BaseModelPool(
+            {"a": made.eval()}, train_datasets={"a": data}, classes={"a": list(range(10))}
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = fusion.write_card(pool, "a", Path(folder) / "a.card.safetensors")
             weights = sum(t.nbytes for t in made.state_dict().values())
-            print(f"{name}: card {path.stat().st_size / 2**20:.1f} MiB, weights {weights / 2**20:.1f}")
+            print(
+                f"{name}: card {path.stat().st_size / 2**20:.1f} MiB, weights {weights / 2**20:.1f}"
+            )
 
 
 if __name__ == "__main__":

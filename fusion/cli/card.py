@@ -15,7 +15,7 @@ from fusion.config_folder import config_folder
 from fusion.errors import UserError
 
 ALL = "all"
-_OWN = ("card", "to", "images", "batch_size", "overwrite")
+_OWN = ("card", "to", "images", "batch_size", "device", "overwrite")
 _PRIMARY = "fusion_bench"
 
 
@@ -24,7 +24,7 @@ def write_cards(arguments: Sequence[str]) -> None:
 
     Args:
         arguments: ``card=NAME`` or ``card=all``, ``modelpool=…`` with its overrides, ``to=PATH``
-            and, if wanted, ``images=``, ``batch_size=``, ``overwrite=true``.
+            and, if wanted, ``images=``, ``batch_size=``, ``device=``, ``overwrite=true``.
 
     Raises:
         UserError: an option is missing or has no meaning, or a card cannot be written.
@@ -35,11 +35,11 @@ def write_cards(arguments: Sequence[str]) -> None:
             "card needs an expert and a file: card=NAME modelpool=POOL to=NAME.card.safetensors "
             "(card=all to=FOLDER writes those of all experts)"
         )
-    numbers = {
-        name: _number(name, own[name]) for name in ("images", "batch_size") if name in own
-    }
     if own.get("overwrite", "false") not in ("true", "false"):
         raise UserError(f"overwrite={own['overwrite']}: give true or false")
+    options: dict[str, Any] = {
+        name: _number(name, own[name]) for name in ("images", "batch_size") if name in own
+    }
     values = _composed(others)
 
     from fusion.merging.cards import SUFFIX, check_card, write_card  # from here torch is paid for
@@ -51,12 +51,15 @@ def write_cards(arguments: Sequence[str]) -> None:
         raise UserError(f"modelpool must be a BaseModelPool, not a {type(pool).__name__}")
     one = own["card"] != ALL or ALL in pool
     names = [own["card"]] if one else pool.model_names
-    files = {name: Path(own["to"]) if one else Path(own["to"]) / f"{name}{SUFFIX}" for name in names}
+    files = {
+        name: Path(own["to"]) if one else Path(own["to"]) / f"{name}{SUFFIX}" for name in names
+    }
     overwrite = own.get("overwrite") == "true"
+    options |= {"seed": values["seed"], "device": own.get("device", "cpu")}
     for name, file in files.items():
         check_card(pool, name, file, overwrite=overwrite)
     for name, file in files.items():
-        write_card(pool, name, file, seed=values["seed"], overwrite=overwrite, **numbers)
+        write_card(pool, name, file, overwrite=overwrite, **options)
         sys.stdout.write(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)\n")
 
 
@@ -99,7 +102,9 @@ def _composed(arguments: Sequence[str]) -> Mapping[str, Any]:
     overrides = [a for a in checked if not a.startswith("-") and Path(a) not in folders]
     found = ",".join(f"file://{path.resolve()}" for path in folders)
     with explaining(checked, folder), initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose(_PRIMARY, [*overrides, *([f"hydra.searchpath=[{found}]"] if found else [])])
+        config = compose(
+            _PRIMARY, [*overrides, *([f"hydra.searchpath=[{found}]"] if found else [])]
+        )
         return {
             key: OmegaConf.to_container(config[key], resolve=True, throw_on_missing=True)
             if OmegaConf.is_config(config[key])

@@ -84,9 +84,7 @@ def write_card(
     return path
 
 
-def check_card(
-    modelpool: BaseModelPool, name: str, path: Path, *, overwrite: bool = False
-) -> None:
+def check_card(modelpool: BaseModelPool, name: str, path: Path, *, overwrite: bool = False) -> None:
     """Check, before any work, that the card of an expert can be written.
 
     Raises:

@@ -61,7 +61,5 @@ def statistics_from_grams(
                 )
                 found |= {mean_key: mean, variance_key: variance}
     return {
-        key: tensor.to(state[key].dtype)
-        for key, tensor in found.items()
-        if key not in members.head
+        key: tensor.to(state[key].dtype) for key, tensor in found.items() if key not in members.head
     }

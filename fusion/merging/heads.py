@@ -62,9 +62,9 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
 
     Args:
         modelpool: base and experts.
-        head: ``pretrained``, ``union``, ``joint`` or ``tasks``, or ``auto``: ``merged`` where the experts
-            have one label space, ``pretrained`` where the base's classes cover all of theirs,
-            else ``tasks``.
+        head: ``pretrained``, ``union``, ``joint`` or ``tasks``, or ``auto``: ``merged`` where the
+            experts have one label space, ``pretrained`` where the base's classes cover all of
+            theirs, else ``tasks``.
 
     Raises:
         UserError: a union of heads or a joint one whose classes nobody knows, or a kept head

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.merging.members import Members
 from fusion.merging.statistics import Statistics
 from fusion.modelpool import BaseModelPool
-from fusion.models import Layer
+from fusion.models import Head, Layer
 from fusion.weights.regression import ridge_step
 
-RIDGE = 0.03
+RIDGE = 0.1
 """Chosen on the digits' validation images: the merged features differ from the experts', and a
 head that fits the experts' features closely fits their differences. See scripts/cards_table.py."""
 
@@ -59,8 +59,8 @@ def solve_head(
     with the mean μ and the covariance Σ of the features of all images, the shares π of the classes
     and the covariance C of classes and features: regression on indicators, in the form in which
     federated learning solves it from each owner's sums (Fanì et al., 2024, Fed3R, arXiv
-    2402.06386). Each expert weighs as much as it has classes with images, so that balanced classes
-    count alike. ρ is ``ridge`` times the mean of the diagonal of Σ.
+    2406.01116). Each expert weighs as much as it has classes with images, so that balanced
+    classes count alike. ρ is ``ridge`` times the mean of the diagonal of Σ.
 
     Args:
         experts: what each expert's head receives; one number of features d.
@@ -79,12 +79,12 @@ def solve_head(
     gram = experts[0].gram.new_zeros(size, size, dtype=torch.float64)
     classes = gram.new_zeros(len(labels), size)
     for expert in experts:
-        weight = expert.seen / total
-        gram.add_(expert.gram, alpha=weight)
+        part = expert.seen / total
+        gram.add_(expert.gram, alpha=part)
         for place in range(len(labels)):
             own = expert.labels.positions(labels.select([place]))
             if own is not None:
-                classes[place].add_(expert.classes[own[0]], alpha=weight)
+                classes[place].add_(expert.classes[own[0]], alpha=part)
     empty = [labels.shown[place] for place in range(len(labels)) if not classes[place, -1] > 0]
     if empty:
         raise UserError(
@@ -99,21 +99,25 @@ def solve_head(
     return weight, shares - weight @ mean
 
 
-def head_layer(members: Members) -> Layer:
+def head_layer(network: nn.Module, layers: Sequence[Layer], head: Head) -> Layer:
     """Return the linear layer that is the head.
+
+    Args:
+        network: the architecture.
+        layers: its layers.
+        head: its head.
 
     Raises:
         UserError: the head is something else.
     """
-    found = [layer for layer in members.layers if layer.weight in members.head]
+    found = [layer for layer in layers if layer.weight in head]
     if len(found) == 1 and found[0].kind == "linear":
-        bias = members.bias(found[0])
-        if set(members.head.tensors) <= {found[0].weight, bias}:
+        weight = found[0].weight
+        if set(head.tensors) <= {weight, _bias_of(weight)}:
             return found[0]
     raise UserError(
-        f"head=joint solves one linear layer, and the head of "
-        f"{type(members.network).__name__} is {', '.join(members.head.tensors)}; choose head=tasks "
-        f"or union"
+        f"head=joint solves one linear layer, and the head of {type(network).__name__} is "
+        f"{', '.join(head.tensors)}; choose head=tasks or union"
     )
 
 
@@ -135,7 +139,7 @@ def joint_head(
     Raises:
         UserError: the head is no linear layer, or there are no images of a class.
     """
-    layer = head_layer(members)
+    layer = head_layer(members.network, members.layers, members.head)
     grams = statistics.each("gram", layer.weight)
     each = statistics.each("classes", layer.weight)
     found = []
@@ -147,6 +151,11 @@ def joint_head(
                 f"receive one row of them for each image; choose head=tasks or union"
             )
         found.append(ClassStatistics(gram[0], classes, space))
-    bias = members.bias(layer)
+    bias = _bias_of(layer.weight)
     weight, shift = solve_head(found, labels, bias=bias in members.head)
     return {layer.weight: weight} | ({} if shift is None else {bias: shift})
+
+
+def _bias_of(weight: str) -> str:
+    owner = weight.rpartition(".")[0]
+    return f"{owner}.bias" if owner else "bias"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import ClassVar, Literal
 
 from fusion.errors import UserError

@@ -21,7 +21,7 @@ from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
 from fusion.merging.heads import HeadChoice, HeadPlan, plan_heads
 from fusion.merging.joint_head import head_layer, joint_head
-from fusion.merging.members import LayerChoice, Members, every_layer
+from fusion.merging.members import LayerChoice, Members, every_layer, layers_of
 from fusion.merging.row_scale import with_rows_of_base
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.sequential import merge_in_stages
@@ -34,6 +34,7 @@ from fusion.method.base import BaseAlgorithm, ResultFile
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
 from fusion.models import Layer, MultiTaskNetwork
+from fusion.models.forward_pass import is_traceable
 from fusion.options import Count, FilePath, ImageShape, SampleSize, Seed, checked
 from fusion.weights import exact_device, normalised_weights
 
@@ -85,8 +86,8 @@ class Merge(BaseAlgorithm):
         batch_norm: running statistics: ``pretrained`` (kept), ``merge`` (those of the mixture of
             the experts' data), ``interpolate`` (their weighted mean), ``grams`` (those that the
             merged layers have on the inputs that each expert's layers receive, computed from their
-            Gram matrices: training images, or cards), ``recalibrate`` (measured
-            anew on a sample of the pool's training images, equally many of each expert's),
+            Gram matrices: training images, or cards), ``recalibrate`` (measured anew on a sample
+            of the pool's training images, equally many of each expert's),
             ``recalibrate_per_task`` (a set for each task), ``repair`` (REPAIR: every channel's
             mean and deviation brought to the mean of the experts'), ``auto`` (recalibrate where
             the pool has images, grams where it has cards, else merge).
@@ -216,9 +217,11 @@ class Merge(BaseAlgorithm):
             require_mergeable(name, modelpool.architecture(name))
         self.shares(modelpool.model_names)
         plan = plan_heads(modelpool, self.head)
+        model = modelpool.architecture(modelpool.pretrained_or_first_name)
         if plan.kind == "joint":
             check_statistics(modelpool, _FOR_JOINT_HEAD)
-        model = modelpool.architecture(modelpool.pretrained_or_first_name)
+            if is_traceable(model):  # another one has to be built and run
+                head_layer(model, layers_of(model, modelpool), modelpool.head)
         if self.alignment is not None:
             try:
                 self.alignment.check(modelpool)
@@ -319,7 +322,8 @@ class Merge(BaseAlgorithm):
             assembly = replace(assembly, measured=found)
         if plan.kind == "joint":
             assert plan.labels is not None
-            found = self._gathered(assembly, members, _FOR_JOINT_HEAD, [head_layer(members)])
+            layer = head_layer(members.network, members.layers, members.head)
+            found = self._gathered(assembly, members, _FOR_JOINT_HEAD, [layer])
             joint = joint_head(members, assembly.modelpool, found, plan.labels)
             assembly = replace(assembly, joint=joint)
         return assembly

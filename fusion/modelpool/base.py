@@ -440,8 +440,8 @@ class BaseModelPool:
 
         Names, files, architectures, keys, shapes and kinds of dtype against the base (the first
         model where there is no base) and, where weights can be read without building a network,
-        that they are finite; and the cards, against the weights. Heads may differ in shape. The answer is remembered until a model is
-        added.
+        that they are finite; and the cards, against the weights. Heads may differ in shape. The
+        answer is remembered until a model is added.
 
         Args:
             values: whether to read all weights; else whoever merges them sees to it that they are

@@ -23,8 +23,9 @@ reads it from a piece, for n experts:
     stands behind the layers that are merged already.
 
 All are float64. :func:`gather` measures each expert on its own training images, all that is asked
-for in one pass, or reads them from the expert's card (:mod:`fusion.merging.cards`), and :func:`collect` does so for one network. Merging layer after layer takes
-:func:`stages` and :func:`prefix_moments`.
+for in one pass, or reads them from the expert's card (:mod:`fusion.merging.cards`), and
+:func:`collect` does so for one network. Merging layer after layer takes :func:`stages` and
+:func:`prefix_moments`.
 """
 
 from fusion.merging.statistics.collecting import STATISTICS, collect
