@@ -512,6 +512,7 @@ class Merge(BaseAlgorithm):
             head_tensors=[] if plan.head_is_a_layer else list(members.head.tensors),
             tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
             batch_norm=assembly.treatment,
+            cards=[name for name in members.names if assembly.modelpool.has_card(name)],
             streamed=assembly.members.stored is not None,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ from fusion.models.forward_pass import is_traceable
 from fusion.options import Classes, FilePath, Names, TargetMapping, Text, checked
 from fusion.target import is_target
 from fusion.weights import TensorSource, tensors_of
+
+log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
 SPLITS = ("train", "val", "test")
@@ -426,6 +429,7 @@ class BaseModelPool:
         if name not in self._cards_checked:
             card.require_of(name, self.tensors(name), self.labels(name))
             self._cards_checked.add(name)
+            log.info("%s: its card has the statistics of %d images", name, card.note.images)
         return card
 
     def _card(self, name: str) -> Card:
