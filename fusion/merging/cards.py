@@ -80,7 +80,7 @@ def write_card(
         device=device,
     )
     note = CardNote(digest_weights(modelpool.tensors(name)), sample.images, modelpool.labels(name))
-    write(path, note, dict(found))
+    write(path, note, found)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,17 +146,18 @@ class Card(TensorSource):
         return UserError(f"the card '{self.path}' is damaged: {what}; ask its owner for it again")
 
 
-def write(path: str | Path, note: CardNote, statistics: Mapping[str, Tensor]) -> None:
+def write(path: str | Path, note: CardNote, statistics: Iterable[tuple[str, Tensor]]) -> None:
     """Write a card, whole or not at all.
 
     Args:
         path: the file.
         note: what the card says of itself.
-        statistics: ``<statistic>/<state-dict key>`` → statistic; symmetric matrices (g, c, c).
+        statistics: names ``<statistic>/<state-dict key>`` and statistics; symmetric matrices
+            (g, c, c). They are taken and made small one by one.
     """
     tensors = {
         name: (to_triangle(tensor) if name.startswith(_SYMMETRIC) else tensor).float().contiguous()
-        for name, tensor in statistics.items()
+        for name, tensor in statistics
     }
     text = json.dumps(
         {

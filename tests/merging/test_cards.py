@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 import fusion
 from fusion.data import ClassSubset, ImageTensors
 from fusion.errors import UserError
+from fusion.merging import Piece, TaskRule
+from fusion.method import Merge
 from fusion.modelpool import BaseModelPool
 from fusion.modelpool.card import Card
-from fusion.models import find_layers
+from fusion.models import MultiTaskNetwork, find_layers
 
 CLASSES = {"a": (0, 1, 2, 3), "b": (4, 5, 6, 7, 8, 9)}
 SMALL = {"images": 120, "batch_size": 64}
@@ -81,6 +84,35 @@ def test_folded_batch_norm_and_gram_statistics_go_together(with_cards) -> None:
     folded = {"folded": True, **SMALL_MERGE}
     one = fusion.merge(with_cards, "regmean", batch_norm="merge", **folded)
     assert largest_difference(one, fusion.merge(with_cards, "regmean", **folded)) < 1e-5
+
+
+def test_networks_of_several_tasks_have_the_statistics_of_their_own_weights(
+    with_cards, experts
+) -> None:
+    """A rule that gives each task its expert's weights gives it the expert's statistics, too."""
+    mine = Merge(rule=EachItsOwn(), batch_norm="grams", plot=False).run(with_cards)
+    assert isinstance(mine, MultiTaskNetwork)
+    for name, expert in experts.items():
+        card = with_cards.card(name)
+        assert card is not None
+        norm = mine.for_task(name).layer2[0].bn2
+        mean, variance = card["moments/layer2.0.bn2.running_mean"]
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(norm.running_mean, expert.layer2[0].bn2.running_mean, atol=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EachItsOwn(TaskRule):
+    """Each task's network is its expert."""
+
+    per_task: bool = True
+
+    def merge(self, piece: Piece) -> torch.Tensor:
+        return piece.experts.mean(0)
+
+    def separate(self, piece: Piece) -> torch.Tensor:
+        return piece.experts
 
 
 def test_a_pool_may_have_cards_of_some_experts_and_images_of_others(

@@ -34,7 +34,7 @@ def statistics() -> dict[str, Tensor]:
 def card(tmp_path, statistics, experts) -> Path:
     """A card of the expert a."""
     note = CardNote(digest_weights(ModuleSource(experts["a"])), 50, LETTERS)
-    write(tmp_path / "a.card.safetensors", note, statistics)
+    write(tmp_path / "a.card.safetensors", note, statistics.items())
     return tmp_path / "a.card.safetensors"
 
 
@@ -102,7 +102,7 @@ def test_what_is_no_card_says_so(tmp_path, experts) -> None:
 
 def test_a_card_of_another_version_says_so(tmp_path, statistics, monkeypatch) -> None:
     monkeypatch.setattr("fusion.modelpool.card.FORMAT", 2)
-    write(tmp_path / "new", CardNote("", 1, None), statistics)
+    write(tmp_path / "new", CardNote("", 1, None), statistics.items())
     monkeypatch.undo()
     with pytest.raises(UserError, match="has the format 2, and this version reads 1"):
         Card(tmp_path / "new")
