@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fusion.cli.pools import load_modelpool, load_taskpool, pools
     from fusion.errors import UserError
+    from fusion.merging.cards import write_card
     from fusion.method.base import BaseAlgorithm
     from fusion.method.presets import merge, methods
     from fusion.modelpool.base import BaseModelPool
@@ -30,6 +31,7 @@ __all__ = [
     "merge",
     "methods",
     "pools",
+    "write_card",
 ]
 
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "merge": "fusion.method.presets",
     "methods": "fusion.method.presets",
     "pools": "fusion.cli.pools",
+    "write_card": "fusion.merging.cards",
 }
 
 

@@ -28,6 +28,8 @@ Commands to begin with:
       one task of a merged network as a plain one: a state dict (.safetensors, .pt) or .onnx
   fusion_bench push=FOLDER to=user/name
       upload a run's network, model card and report to the Hugging Face hub, private by default
+  fusion_bench card=NAME modelpool=POOL to=NAME.card.safetensors
+      statistics of one expert's images, for a merge elsewhere that never sees the images
 """
 _FLAGS = """\
 Flags:

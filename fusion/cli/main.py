@@ -16,6 +16,7 @@ PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
 EXPORT = "export="
 PUSH = "push="
+CARD = "card="
 _EXPORT_OPTIONS = ("export", "to", "task", "shape", "overwrite")
 _PUSH_OPTIONS = ("push", "to", "private")
 # The exit codes of a shell for a process that a signal ended: 128 and its number.
@@ -74,6 +75,10 @@ def _answer(arguments: list[str]) -> None:
         _export(arguments)
     elif any(argument.startswith(PUSH) for argument in arguments):
         _push(arguments)
+    elif any(argument.startswith(CARD) for argument in arguments):
+        from fusion.cli.card import write_cards
+
+        write_cards(arguments)
     else:
         _hydra(arguments)
 
@@ -169,18 +174,5 @@ def _hydra(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *arguments]
     entry = hydra.main(version_base="1.3", config_path=str(folder), config_name=PRIMARY)(job)
-    try:
+    with mistakes.explaining(arguments, folder):
         entry()
-    except UserError:
-        raise
-    except mistakes.CONFIGURATION_ERRORS as error:
-        if not mistakes.is_configuration_error(error):
-            raise
-        raise UserError(mistakes.explain(error, arguments, folder)) from error
-    except OSError as error:
-        if not mistakes.is_from_making_a_folder(error):
-            raise
-        raise UserError(
-            f"output_path: cannot make the run folder '{error.filename}' ({error.strerror}); "
-            f"choose a folder that you may write to"
-        ) from error

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,6 +73,34 @@ def limit_of_machine(error: OSError) -> UserError | None:
         return None
     where = f"'{shown(str(error.filename))}': " if error.filename else ""
     return UserError(f"{where}{error.strerror}; {cure}")
+
+
+@contextmanager
+def explaining(arguments: Sequence[str], folder: Path) -> Iterator[None]:
+    """Turn what Hydra raises on a wrong command line within the block into one sentence.
+
+    Args:
+        arguments: what was typed.
+        folder: where the shipped YAML is.
+
+    Raises:
+        UserError: instead of an error of the configuration, or of making the run folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except CONFIGURATION_ERRORS as error:
+        if not is_configuration_error(error):
+            raise
+        raise UserError(explain(error, arguments, folder)) from error
+    except OSError as error:
+        if not is_from_making_a_folder(error):
+            raise
+        raise UserError(
+            f"output_path: cannot make the run folder '{error.filename}' ({error.strerror}); "
+            f"choose a folder that you may write to"
+        ) from error
 
 
 def is_configuration_error(error: BaseException) -> bool:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fusion.merging.batch_norm import Calibration, recalibrate, repair_mean, statistics_keys
-from fusion.merging.heads import HeadPlan, task_labels
-from fusion.merging.members import LayerChoice, Members
+from fusion.merging.gram_statistics import statistics_from_grams
+from fusion.merging.heads import HeadPlan, merged_heads, task_labels
+from fusion.merging.members import LayerChoice, Members, choice_of
+from fusion.merging.statistics import Statistics
 from fusion.merging.tensors import merge_statistics
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork, resize_head
@@ -33,6 +35,8 @@ class Assembly:
         fabric: where to compute.
         calibration: the sample of images.
         weights: of the experts in the mean, for REPAIR.
+        measured: ``gram`` and ``moments`` of the experts, for a treatment of ``grams``.
+        joint: the head of a ``joint`` plan.
     """
 
     members: Members
@@ -43,6 +47,15 @@ class Assembly:
     fabric: Fabric
     calibration: Calibration
     weights: tuple[float, ...]
+    measured: Statistics | None = None
+    joint: Mapping[str, Tensor] | None = None
+
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """Return what the plan makes of the heads that are no ordinary layers."""
+        members = self.members
+        return merged_heads(
+            self.plan, members.head, members.base, members.experts, self.modelpool, self.joint
+        )
 
     def network(
         self,
@@ -81,6 +94,8 @@ class Assembly:
             recalibrate(body, self.modelpool, self.fabric, self.calibration)
         elif self.treatment == "repair":
             self._repair(body)
+        elif self.treatment == "grams" and not own:
+            self._load_statistics(body, self.choice)
         by_task = {task: head for task, head in heads.items() if task}
         if by_task or own or self.treatment == "recalibrate_per_task":
             return self._with_tasks(body, by_task, own or {})
@@ -102,6 +117,12 @@ class Assembly:
             body, experts, self.modelpool, self.fabric, self.calibration, weights=self.weights
         )
 
+    def _load_statistics(self, network: nn.Module, choice: LayerChoice) -> None:
+        """Give a network the running statistics that the experts' Gram matrices say."""
+        assert self.measured is not None
+        found = statistics_from_grams(self.members, choice, network, self.measured)
+        load_tensors(network, found)
+
     def _with_tasks(
         self,
         body: nn.Module,
@@ -121,6 +142,10 @@ class Assembly:
             else:
                 parts[task] = heads[task]  # tasks that share a head share one mapping
         network = MultiTaskNetwork.assemble(body, parts, task_labels(self.plan, self.modelpool))
+        if self.treatment == "grams" and own:
+            for task, names in tasks.items():
+                of_task = choice_of(self.choice, self.members.names, names)
+                self._load_statistics(network.for_task(task), of_task)
         if self.treatment in ("recalibrate", "recalibrate_per_task"):
             head = self.members.head
             norms = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if apart or m in head]

@@ -23,6 +23,7 @@ Treatment = Literal[
     "pretrained",
     "merge",
     "interpolate",
+    "grams",
     "recalibrate",
     "recalibrate_per_task",
     "repair",
@@ -56,7 +57,8 @@ def chosen_treatment(
 ) -> str:
     """Return what ``auto`` stands for here, and check that the choice is possible.
 
-    ``auto`` recalibrates where the pool has training data. A network that keeps no running
+    ``auto`` recalibrates where the pool has training data, and takes the cards' Gram matrices where
+    every expert has a card. A network that keeps no running
     statistics has nothing to treat and is left as it is, but for REPAIR, which needs no batch
     norm.
 
@@ -64,7 +66,7 @@ def chosen_treatment(
         treatment: one of ``Treatment``.
         modelpool: may have training data.
         model: the architecture.
-        without_images: what ``auto`` stands for in a pool without training data.
+        without_images: what ``auto`` stands for in a pool without training data and cards.
 
     Raises:
         UserError: the treatment needs images, and the pool has no training data.
@@ -73,15 +75,18 @@ def chosen_treatment(
     uses_images = treatment in _WITH_IMAGES and (treatment == "repair" or statistics_keys(model))
     if uses_images and not has_images:
         lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
+        others = "grams, merge" if modelpool.has_card() else "interpolate, merge"
+        only = " but cards" if any(map(modelpool.has_card, lacking)) else ""
         raise UserError(
             f"batch_norm={treatment} needs training images of every expert, and the pool has none "
-            f"of {', '.join(lacking)}; add them to train_datasets, or choose "
-            f"batch_norm=interpolate, merge or pretrained"
+            f"of {', '.join(lacking)}{only}; add them to train_datasets, or choose "
+            f"batch_norm={others} or pretrained"
         )
     if not statistics_keys(model) and treatment != "repair":
         return "pretrained"
     if treatment == "auto":
-        return "recalibrate" if has_images else without_images
+        without = "grams" if modelpool.has_card() else without_images
+        return "recalibrate" if has_images else without
     return treatment
 
 

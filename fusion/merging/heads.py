@@ -15,8 +15,8 @@ from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.models import Head
 from fusion.weights import tensors_of, weighted_mean, working_dtype
 
-HeadChoice = Literal["auto", "pretrained", "union", "tasks"]
-Kind = Literal["merged", "pretrained", "union", "tasks"]
+HeadChoice = Literal["auto", "pretrained", "union", "tasks", "joint"]
+Kind = Literal["merged", "pretrained", "union", "tasks", "joint"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class HeadPlan:
 
     Attributes:
         kind: ``merged`` (all experts share one label space: the head is a layer like any other),
-            ``pretrained`` (the base's head is kept), ``union`` (the experts' rows, class by class)
-            or ``tasks`` (one head for each task).
+            ``pretrained`` (the base's head is kept), ``union`` (the experts' rows, class by class),
+            ``joint`` (one head for all classes, solved from what each expert's head receives of
+            them) or ``tasks`` (one head for each task).
         labels: the classes of the result's outputs; ``None`` where nobody knows them, or where
             there are several heads.
         groups: the experts by label space: those of one group share their head.
@@ -61,12 +62,13 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
 
     Args:
         modelpool: base and experts.
-        head: ``pretrained``, ``union`` or ``tasks``, or ``auto``: ``merged`` where the experts
-            have one label space, ``pretrained`` where the base's classes cover all of theirs,
-            else ``tasks``.
+        head: ``pretrained``, ``union``, ``joint`` or ``tasks``, or ``auto``: ``merged`` where the
+            experts have one label space, ``pretrained`` where the base's classes cover all of
+            theirs, else ``tasks``.
 
     Raises:
-        UserError: a union of heads whose classes nobody knows, or a kept head without a base.
+        UserError: a union of heads or a joint one whose classes nobody knows, or a kept head
+            without a base.
     """
     experts = modelpool.model_names
     spaces, assumed = _label_spaces(modelpool)
@@ -103,6 +105,8 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
         labels = base if isinstance(base, LabelSpace) else None
     elif kind == "union":
         labels = union_space(modelpool)
+    elif kind == "joint":
+        labels = experts_space(modelpool, head="joint")
     return HeadPlan(kind, labels, tuple(map(tuple, groups)), base_shares, tuple(assumed))
 
 
@@ -112,6 +116,7 @@ def merged_heads(
     base: Mapping[str, Tensor] | None,
     experts: Mapping[str, Mapping[str, Tensor]],
     modelpool: BaseModelPool,
+    joint: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Return what the plan makes of the heads that are no ordinary layers.
 
@@ -121,11 +126,15 @@ def merged_heads(
         base: the base's state dict.
         experts: the experts' state dicts.
         modelpool: knows classes and tasks.
+        joint: the head of a ``joint`` plan, see :func:`fusion.merging.joint_head.joint_head`.
 
     Returns:
         task → the head's tensors; the only key is ``""`` where there is a single head. Experts of
         one label space share one mapping. Nothing for a head that is merged as a layer, or kept.
     """
+    if plan.kind == "joint":
+        assert joint is not None
+        return {"": dict(joint)}
     if plan.kind == "union":
         assert plan.labels is not None
         parts = [(experts[name], modelpool.labels(name)) for name in experts]
@@ -161,8 +170,27 @@ def task_labels(plan: HeadPlan, modelpool: BaseModelPool) -> dict[str, LabelSpac
 def union_space(modelpool: BaseModelPool) -> LabelSpace:
     """Return the classes of a union of heads: the base's where it knows all the experts'.
 
-    Otherwise they are the experts' classes alone, in the order of their original labels where
-    these are known, else as they come.
+    Otherwise they are the experts' classes alone, see :func:`experts_space`.
+
+    Raises:
+        UserError: nobody knows the classes of an expert.
+    """
+    found = experts_space(modelpool, head="union")
+    base = modelpool.labels(PRETRAINED) if modelpool.has_pretrained else None
+    spaces = [modelpool.labels(name) for name in modelpool.model_names]
+    if base is not None and all(space is not None and base.covers(space) for space in spaces):
+        return base
+    return found
+
+
+def experts_space(modelpool: BaseModelPool, *, head: str) -> LabelSpace:
+    """Return the classes of all experts, each once.
+
+    They stand in the order of their original labels where these are known, else as they come.
+
+    Args:
+        modelpool: knows the experts' classes.
+        head: the choice that needs them, for the message.
 
     Raises:
         UserError: nobody knows the classes of an expert.
@@ -177,12 +205,9 @@ def union_space(modelpool: BaseModelPool) -> LabelSpace:
             spaces.append(space)
     if unknown:
         raise UserError(
-            f"head=union needs the classes of every expert, and those of {', '.join(unknown)} are "
+            f"head={head} needs the classes of every expert, and those of {', '.join(unknown)} are "
             f"not known; give them as the pool's classes: {{name: [class names]}}"
         )
-    base = modelpool.labels(PRETRAINED) if modelpool.has_pretrained else None
-    if base is not None and all(base.covers(space) for space in spaces):
-        return base
     union = spaces[0]
     for space in spaces[1:]:
         new = [p for p in range(len(space)) if not union.covers(space.select([p]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,6 +71,18 @@ def every_layer(members: Members, weights: tuple[float, ...] | None = None) -> L
     count = len(members.names)
     shares = tuple(1 / count for _ in range(count)) if weights is None else weights
     return LayerChoice({layer.name: shares for layer in members.layers})
+
+
+def choice_of(choice: LayerChoice, names: Sequence[str], some: Sequence[str]) -> LayerChoice:
+    """Return the choice of the same layers in which only some experts count, all alike.
+
+    Args:
+        choice: the layers.
+        names: of all experts, in the order of the shares.
+        some: those that count.
+    """
+    shares = tuple(1 / len(some) if name in some else 0.0 for name in names)
+    return LayerChoice(dict.fromkeys(choice.shares, shares))
 
 
 @dataclass(frozen=True, eq=False)

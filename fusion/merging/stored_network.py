@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import merged_heads
 from fusion.merging.members import Chosen
 from fusion.merging.rule import Rule, TaskRule
 from fusion.merging.streaming import (
@@ -62,7 +61,7 @@ def write_network(
     per_task = isinstance(rule, TaskRule) and rule.per_task
     held = tensors_of(members.network)
     own = {task: {c.key: held[c.key] for c in chosen} for task in pool.tasks} if per_task else {}
-    heads = merged_heads(assembly.plan, members.head, members.base, members.experts, pool)
+    heads = assembly.heads()
     result = assembly.filled(copy.deepcopy(members.network), {}, heads, own)
     entries = _tied_together(file_tensors(result))
     made = _Made(heads, {**assembly.statistics(), **heads.get("", {})})

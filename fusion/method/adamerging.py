@@ -18,7 +18,7 @@ from fusion.merging.adaptation import (
 )
 from fusion.merging.alignment import AlignBy
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import HeadChoice, merged_heads
+from fusion.merging.heads import HeadChoice
 from fusion.merging.rule import Need
 from fusion.merging.rules import TaskArithmetic
 from fusion.method.merge import Merge
@@ -126,7 +126,7 @@ class AdaMerging(Merge):
             with_head=plan.head_is_a_layer,
             device=device,
         )
-        heads = merged_heads(plan, members.head, members.base, members.experts, assembly.modelpool)
+        heads = assembly.heads()
         first, last = self._found.losses[0], self._found.losses[-1]
         log.info("Entropy of the predictions: %.3f → %.3f nats", first, last)
         self.report.update(entropy_before=first, entropy_after=last)

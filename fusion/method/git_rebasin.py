@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import ClassVar, Literal
 
 from fusion.errors import UserError
@@ -84,5 +83,5 @@ class GitReBasin(Merge):
         """Name the networks that the result is compared with: also the mean without alignment."""
         if any(entry["changed"] for entry in self.report["alignment"].values()):
             naive = dataclasses.replace(assembly, members=unaligned)
-            self.controls["mean without alignment"] = partial(self.merged, naive)
+            self.controls["mean without alignment"] = lambda: self.merged(self.measured(naive))
         super().add_controls(assembly, unaligned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +19,9 @@ from fusion.labels import LabelSpace
 from fusion.merging import batch_norm as bn
 from fusion.merging.alignment import AlignBy, AlignmentStage
 from fusion.merging.assembly import Assembly
-from fusion.merging.heads import HeadChoice, HeadPlan, merged_heads, plan_heads
-from fusion.merging.members import LayerChoice, Members, every_layer
+from fusion.merging.heads import HeadChoice, HeadPlan, plan_heads
+from fusion.merging.joint_head import head_layer, joint_head
+from fusion.merging.members import LayerChoice, Members, every_layer, layers_of
 from fusion.merging.row_scale import with_rows_of_base
 from fusion.merging.rule import Need, Rule, TaskRule
 from fusion.merging.sequential import merge_in_stages
@@ -31,7 +33,8 @@ from fusion.method.alignment_report import write_alignment
 from fusion.method.base import BaseAlgorithm, ResultFile
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.soundness import require_mergeable
-from fusion.models import MultiTaskNetwork
+from fusion.models import Layer, MultiTaskNetwork
+from fusion.models.forward_pass import is_traceable
 from fusion.options import Count, FilePath, ImageShape, SampleSize, Seed, checked
 from fusion.weights import exact_device, normalised_weights
 
@@ -41,14 +44,18 @@ _CONTROL = {
     "pretrained": "",
     "merge": ", batch norm merged",
     "interpolate": ", batch norm interpolated",
+    "grams": ", batch norm from Gram matrices",
     "recalibrate": ", batch norm recalibrated",
     "recalibrate_per_task": ", batch norm recalibrated per task",
     "repair": ", repaired",
 }
+_FOR_TREATMENT = frozenset({"gram", "moments"})  # what batch_norm=grams takes of the data
+_FOR_JOINT_HEAD = frozenset({"gram", "classes"})  # what head=joint takes of the data
 _HEAD_WORDS = {
     "merged": "merged like any layer",
     "pretrained": "kept as the base has it",
     "union": "the union of the experts' rows",
+    "joint": "solved for all classes together",
     "tasks": "one for each task",
 }
 
@@ -73,13 +80,17 @@ class Merge(BaseAlgorithm):
             :func:`fusion.merging.row_scale.with_rows_of_base`.
         head: ``auto`` (merged like any layer where all experts have the same classes; the base's
             where its classes cover theirs; else one head for each task), or ``pretrained``,
-            ``union`` (the experts' rows, class by class), ``tasks``.
+            ``union`` (the experts' rows, class by class), ``joint`` (one head for all classes, by
+            least squares from the features that each expert's head receives of each class: the
+            labelled training images, or cards), ``tasks``.
         batch_norm: running statistics: ``pretrained`` (kept), ``merge`` (those of the mixture of
-            the experts' data), ``interpolate`` (their weighted mean), ``recalibrate`` (measured
-            anew on a sample of the pool's training images, equally many of each expert's),
+            the experts' data), ``interpolate`` (their weighted mean), ``grams`` (those that the
+            merged layers have on the inputs that each expert's layers receive, computed from their
+            Gram matrices: training images, or cards), ``recalibrate`` (measured anew on a sample
+            of the pool's training images, equally many of each expert's),
             ``recalibrate_per_task`` (a set for each task), ``repair`` (REPAIR: every channel's
             mean and deviation brought to the mean of the experts'), ``auto`` (recalibrate where
-            the pool has images, else merge).
+            the pool has images, grams where it has cards, else merge).
         calibration_images: how many images are looked at, at most.
         batch_size: images per forward pass.
         statistics_images: how many training images of each expert are looked at, at most, for a
@@ -179,9 +190,9 @@ class Merge(BaseAlgorithm):
         members, plan, modelpool = assembly.members, assembly.plan, assembly.modelpool
         if members.base is None:
             return
-        found = merged_heads(plan, members.head, members.base, members.experts, modelpool)
-        heads = found if plan.kind in ("tasks", "merged") else {}
-        heads_of = ", experts' heads" if heads else ""
+        heads = assembly.heads() if plan.kind in ("tasks", "merged", "joint") else {}
+        of_experts = ", joint head" if plan.kind == "joint" else ", experts' heads"
+        heads_of = of_experts if heads else ""
         name = f"{PRETRAINED}{heads_of}{_CONTROL[assembly.treatment]}"
         self.controls[name] = partial(assembly.network, {}, heads)
         if not heads:
@@ -205,8 +216,12 @@ class Merge(BaseAlgorithm):
         for name in modelpool.model_names:
             require_mergeable(name, modelpool.architecture(name))
         self.shares(modelpool.model_names)
-        plan_heads(modelpool, self.head)
+        plan = plan_heads(modelpool, self.head)
         model = modelpool.architecture(modelpool.pretrained_or_first_name)
+        if plan.kind == "joint":
+            check_statistics(modelpool, _FOR_JOINT_HEAD)
+            if is_traceable(model):  # another one has to be built and run
+                head_layer(model, layers_of(model, modelpool), modelpool.head)
         if self.alignment is not None:
             try:
                 self.alignment.check(modelpool)
@@ -216,7 +231,10 @@ class Merge(BaseAlgorithm):
                 raise UserError(
                     f"{error}; or merge without alignment: {self.without_alignment}"
                 ) from error
-        self._treatment(modelpool, model)
+        treatment = self._treatment(modelpool, model)
+        if treatment == "grams":
+            check_statistics(modelpool, _FOR_TREATMENT)
+        self._check_order_of_cards(modelpool, plan, treatment)
         if not self._streams(modelpool):
             modelpool.preflight()
 
@@ -250,6 +268,7 @@ class Merge(BaseAlgorithm):
             self.calibration,
             self.shares(members.names),
         )
+        assembly = self.measured(assembly)
         result = self._merged_to_file(assembly) if streams else self.merged(assembly)
         self._selected = [layer.name for layer in members.layers if layer.name in choice]
         self._labels = None if isinstance(result, MultiTaskNetwork) else plan.labels
@@ -292,31 +311,42 @@ class Merge(BaseAlgorithm):
                 state = merge_parameters(
                     members, assembly.choice, self.rule, statistics=found, **options
                 )
-        heads = merged_heads(
-            plan,
-            assembly.members.head,
-            assembly.members.base,
-            assembly.members.experts,
-            assembly.modelpool,
-        )
         with self.profile("batch norm"):
-            return assembly.network(state, heads, own)
+            return assembly.network(state, assembly.heads(), own)
+
+    def measured(self, assembly: Assembly) -> Assembly:
+        """Return the assembly with what its running statistics and its head take of the data."""
+        members, plan = assembly.members, assembly.plan
+        if assembly.treatment == "grams":
+            found = self._gathered(assembly, members, _FOR_TREATMENT, _merged_layers(assembly))
+            assembly = replace(assembly, measured=found)
+        if plan.kind == "joint":
+            assert plan.labels is not None
+            layer = head_layer(members.network, members.layers, members.head)
+            found = self._gathered(assembly, members, _FOR_JOINT_HEAD, [layer])
+            joint = joint_head(members, assembly.modelpool, found, plan.labels)
+            assembly = replace(assembly, joint=joint)
+        return assembly
 
     def _statistics(self, members: Members, assembly: Assembly) -> Statistics | None:
         """Return what the rule reads of the experts' data, in the layers that are merged."""
         if not self.rule.statistics:
             return None
-        head = () if assembly.plan.head_is_a_layer else members.head.tensors
+        return self._gathered(assembly, members, self.rule.statistics, _merged_layers(assembly))
+
+    def _gathered(
+        self,
+        assembly: Assembly,
+        members: Members,
+        names: frozenset[str],
+        layers: Sequence[Layer],
+    ) -> Statistics:
         with self.profile("measure the experts' data"):
             return gather(
                 assembly.modelpool,
                 members,
-                self.rule.statistics,
-                layers=[
-                    layer
-                    for layer in members.layers
-                    if layer.name in assembly.choice and layer.weight not in head
-                ],
+                names,
+                layers=layers,
                 calibration=self.sample,
                 device=exact_device(self.fabric.device),
                 cache_dir=self.cache_dir,
@@ -399,6 +429,8 @@ class Merge(BaseAlgorithm):
             obstacles.append("normalise_rows needs whole networks (choose normalise_rows=false)")
         if self._fabric is not None and self._fabric.world_size > 1:
             obstacles.append(f"{self._fabric.world_size} processes share the run (use one)")
+        if self.head == "joint":
+            obstacles.append("head=joint looks at the experts' images (choose head=tasks)")
         model = modelpool.architecture(modelpool.pretrained_or_first_name)
         treatment = self._treatment(modelpool, model)
         obstacles += obstacles_to_streaming(modelpool, self.rule, treatment)
@@ -424,11 +456,13 @@ class Merge(BaseAlgorithm):
                     f"{name} needs a base, and the pool has only "
                     f"{', '.join(modelpool.all_model_names)}; add a member named '{PRETRAINED}'"
                 )
+            if name == rule and self.rule.statistics and not self.rule.sequential:
+                continue  # cards may have them, see check_statistics
             if needs & {Need.IMAGES, Need.LABELS} and not modelpool.has_data("train"):
                 lacking = [n for n in modelpool.model_names if not modelpool.has_data("train", n)]
                 raise NotApplicableError(
                     f"{name} needs training images of every expert, and the pool has none of "
-                    f"{', '.join(lacking)}; add them to train_datasets"
+                    f"{', '.join(lacking)}{_but_cards(modelpool, lacking)}"
                 )
         if not self.rule.sequential:
             check_statistics(modelpool, self.rule.statistics)
@@ -437,6 +471,24 @@ class Merge(BaseAlgorithm):
                 f"{rule}.sequential: all experts have the same training images, for which the "
                 f"result is the average, whatever the images are; use sequential=false, or give "
                 f"each expert its own in train_datasets"
+            )
+
+    def _check_order_of_cards(
+        self, modelpool: BaseModelPool, plan: HeadPlan, treatment: str
+    ) -> None:
+        """Check that nobody reorders units whose statistics lie on a card.
+
+        Raises:
+            UserError: somebody does.
+        """
+        read = self.rule.statistics or treatment == "grams" or plan.kind == "joint"
+        with_cards = [name for name in modelpool.model_names if modelpool.has_card(name)]
+        if self.alignment is not None and read and with_cards:
+            cure = self.without_alignment or "method=regmean method.rule.folded=true"
+            raise UserError(
+                f"align={self.alignment.by} reorders the units of the experts, and the cards of "
+                f"{', '.join(with_cards)} have them in the owners' order; choose {cure}, or align "
+                f"the networks first and have their cards written again"
             )
 
     def _report(self, assembly: Assembly, result: nn.Module) -> None:
@@ -460,5 +512,27 @@ class Merge(BaseAlgorithm):
             head_tensors=[] if plan.head_is_a_layer else list(members.head.tensors),
             tasks=list(result.tasks) if isinstance(result, MultiTaskNetwork) else None,
             batch_norm=assembly.treatment,
+            cards=[name for name in members.names if assembly.modelpool.has_card(name)],
             streamed=assembly.members.stored is not None,
         )
+
+
+def _merged_layers(assembly: Assembly) -> list[Layer]:
+    """Return the layers that are merged, without the head where it is no ordinary layer."""
+    members = assembly.members
+    head = () if assembly.plan.head_is_a_layer else members.head.tensors
+    return [
+        layer
+        for layer in members.layers
+        if layer.name in assembly.choice and layer.weight not in head
+    ]
+
+
+def _but_cards(modelpool: BaseModelPool, lacking: Sequence[str]) -> str:
+    """Return the end of the sentence that says that images are lacking: what there is, the cure."""
+    if not any(modelpool.has_card(name) for name in lacking):
+        return "; add them to train_datasets"
+    return (
+        " but cards; add images to train_datasets, or choose a method that cards suffice for, such "
+        "as method=regmean method.rule.folded=true"
+    )

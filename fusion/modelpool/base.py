@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +15,18 @@ from fusion.data import Preprocessing, label_space
 from fusion.data.shared import load_dataset
 from fusion.errors import UserError, check_choice, suggestion
 from fusion.labels import LabelSpace
+from fusion.modelpool.card import Card
 from fusion.modelpool.member import Entry, Member, ModuleMember, as_member
 from fusion.modelpool.network_file import network_metadata, save_network
 from fusion.modelpool.preflight import check_alike, check_entries, check_finite, raise_all
 from fusion.modelpool.soundness import require_sound, unwrapped
 from fusion.models import Head, find_head
 from fusion.models.forward_pass import is_traceable
-from fusion.options import Classes, Names, TargetMapping, Text, checked
+from fusion.options import Classes, FilePath, Names, TargetMapping, Text, checked
 from fusion.target import is_target
 from fusion.weights import TensorSource, tensors_of
+
+log = logging.getLogger(__name__)
 
 PRETRAINED = "_pretrained_"
 SPLITS = ("train", "val", "test")
@@ -54,6 +58,8 @@ class BaseModelPool:
             the last layer of each output, found from the graph.
         only: names of the experts that take part, all by default; the others are left out as if
             neither they nor their data were given. Special members always stay.
+        cards: name of an expert → file of its merge card (:mod:`fusion.merging.cards`): statistics
+            of images that are not here. They take the place of a pass over its images.
 
     Raises:
         UserError: an option that has no meaning, or names a member that is not there.
@@ -71,6 +77,7 @@ class BaseModelPool:
         tasks: Mapping[str, Text] | None = None,
         head: Names | None = None,
         only: Names | None = None,
+        cards: Mapping[str, FilePath] | None = None,
     ) -> None:
         if not isinstance(models, Mapping):
             models = {str(index): model for index, model in enumerate(models)}
@@ -92,11 +99,17 @@ class BaseModelPool:
             "val": _without(left_out, val_datasets),
             "test": _without(left_out, test_datasets),
         }
+        self._card_files = _without(left_out, cards)
+        self._cards: dict[str, Card] = {}
+        self._cards_checked: set[str] = set()
         given = {f"{split}_datasets": self._datasets[split] for split in SPLITS}
         for option, names in {**given, "classes": self._classes, "tasks": self._tasks}.items():
             for name in names:
                 if name not in self._members and name != PRETRAINED:
                     raise UserError(f"{option}: {self._unknown(name)}")
+        for name in self._card_files:
+            if name not in self:
+                raise UserError(f"cards: {self._unknown(name)}; only experts have cards")
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -299,13 +312,15 @@ class BaseModelPool:
         """Return the classes of a member's outputs, or ``None`` where nobody knows them.
 
         Known are those given as ``classes``, those of the member itself (a recipe's data, a file's
-        metadata), and those of its own data set where it has an entry.
+        metadata), those of its own data set where it has an entry, and those of its card.
         """
         if name not in self._labels:
             space = self.entry(name).labels()
             for split in SPLITS:
                 if space is None and name in self._datasets[split]:
                     space = label_space(self.dataset(name, split))
+            if space is None and name in self._card_files:
+                space = self._card(name).note.labels
             task = self._tasks.get(name)
             self._labels[name] = space if space is None or task is None else space.for_task(task)
         return self._labels[name]
@@ -400,6 +415,33 @@ class BaseModelPool:
                 return image[None] if isinstance(image, Tensor) else None
         return None
 
+    # -- cards ---------------------------------------------------------------------------------
+
+    def has_card(self, name: str | None = None) -> bool:
+        """Return whether the expert ``name`` has a card, or whether every expert has one."""
+        names = [name] if name is not None else self.model_names
+        return bool(names) and all(wanted in self._card_files for wanted in names)
+
+    def card(self, name: str) -> Card | None:
+        """Return the card of an expert, checked against its weights and classes, if it has one.
+
+        Raises:
+            UserError: the card cannot be read, is damaged, or is another network's.
+        """
+        if name not in self._card_files:
+            return None
+        card = self._card(name)
+        if name not in self._cards_checked:
+            card.require_of(name, self.tensors(name), self.labels(name))
+            self._cards_checked.add(name)
+            log.info("%s: its card has the statistics of %d images", name, card.note.images)
+        return card
+
+    def _card(self, name: str) -> Card:
+        if name not in self._cards:
+            self._cards[name] = Card(self._card_files[name])
+        return self._cards[name]
+
     # -- checks --------------------------------------------------------------------------------
 
     def preflight(self, *, values: bool = True) -> None:
@@ -407,8 +449,8 @@ class BaseModelPool:
 
         Names, files, architectures, keys, shapes and kinds of dtype against the base (the first
         model where there is no base) and, where weights can be read without building a network,
-        that they are finite. Heads may differ in shape. The answer is remembered until a model is
-        added.
+        that they are finite; and the cards, against the weights. Heads may differ in shape. The
+        answer is remembered until a model is added.
 
         Args:
             values: whether to read all weights; else whoever merges them sees to it that they are
@@ -433,6 +475,8 @@ class BaseModelPool:
             found = {name: source for name, source in stored.items() if source is not None}
             lines += check_finite(found)
         raise_all(lines)
+        for name in self._card_files if values else ():
+            self.card(name)
         self._checked = True
         if values:
             self.note_finite(found)

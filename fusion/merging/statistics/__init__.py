@@ -12,13 +12,20 @@ reads it from a piece, for n experts:
     squared gradient of log p(y | x), y as the model predicts it.
 ``piece.statistics["empirical_fisher"]``, (n, *shape), of every parameter:
     the same with y the true label.
+``piece.statistics["moments"]``, (n, 2, c), of the running mean of a batch norm: mean and variance
+    of what the norm receives. Rules see no running statistics; the running statistics of the
+    result can be made of them.
+``piece.statistics["classes"]``, (n, k, d + 1), of the weight of a linear head with k outputs: the
+    mean over images of e_y x̃ᵀ, where e_y is 1 at the label's output and 0 elsewhere, and x̃ the
+    features and a 1. Experts with heads of different size have it each on their own.
 ``piece.statistics["cross"]``, (n, g, out/g, d + 1), for sequential rules alone: the mean of y x̃ᵀ,
     where y is what the expert's layer returns, bias included, on the same images as x̃, which
     stands behind the layers that are merged already.
 
 All are float64. :func:`gather` measures each expert on its own training images, all that is asked
-for in one pass, and :func:`collect` does so for one network. Merging layer after layer takes
-:func:`stages` and :func:`prefix_moments`.
+for in one pass, or reads them from the expert's card (:mod:`fusion.merging.cards`), and
+:func:`collect` does so for one network. Merging layer after layer takes :func:`stages` and
+:func:`prefix_moments`.
 """
 
 from fusion.merging.statistics.collecting import STATISTICS, collect

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError, suggestion
+from fusion.merging.statistics.classes import ClassMoments
 from fusion.merging.statistics.fisher import FisherDiagonal
 from fusion.merging.statistics.grams import Grams
 from fusion.merging.statistics.measuring import laid_out, measured
+from fusion.merging.statistics.norms import NormMoments
 from fusion.models import Layer
 from fusion.weights import exact_device, image_dtype
 
-STATISTICS = ("gram", "fisher", "empirical_fisher")
+STATISTICS = ("gram", "fisher", "empirical_fisher", "moments", "classes")
+BY_LABELS = ("empirical_fisher", "classes")  # what takes true labels
 
 Batch = tuple[Tensor, Tensor]
 """Images (N, …) and labels (N,), which are numbers of the network's outputs."""
@@ -70,7 +73,7 @@ def collected(
     check_names(names)
     home = next((p.device for p in network.parameters()), torch.device("cpu"))
     where = exact_device(home if device is None else device)
-    gathering: dict[str, Grams | FisherDiagonal] = {}
+    gathering: dict[str, Grams | FisherDiagonal | NormMoments | ClassMoments] = {}
     seen = 0
     with measured(network, where):
         if "gram" in names:
@@ -78,6 +81,10 @@ def collected(
         for name, labels in (("fisher", "model"), ("empirical_fisher", "true")):
             if name in names:
                 gathering[name] = FisherDiagonal(network, layers, labels=labels, seed=seed)
+        if "moments" in names:
+            gathering["moments"] = NormMoments(network, layers)
+        if "classes" in names:
+            gathering["classes"] = ClassMoments(network, layers)
         dtype = image_dtype(network)
         for batch, truth in data:
             images = laid_out(batch, where, dtype)

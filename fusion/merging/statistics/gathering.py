@@ -1,4 +1,4 @@
-"""The statistics of all experts, each on its own images, gathered once."""
+"""The statistics of all experts, each on its own images or from its card, gathered once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from fusion.errors import UserError
 from fusion.files import only_one, require_writable_folder
 from fusion.merging.batch_norm import Calibration
 from fusion.merging.members import Members
-from fusion.merging.statistics.collecting import Batch, check_names, collected
+from fusion.merging.statistics.collecting import BY_LABELS, Batch, check_names, collected
 from fusion.merging.statistics.lookup import Statistics
 from fusion.merging.statistics.store import read_statistics, write_statistics
 from fusion.modelpool import BaseModelPool
+from fusion.modelpool.card import CARD_STATISTICS
 from fusion.modelpool.fingerprint import digest_tensors
 from fusion.models import Layer
 from fusion.weights import StateDictSource, TensorSource, image_dtype
@@ -44,10 +45,12 @@ def gather(
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
 ) -> Statistics:
-    """Return the statistics of all experts, each on its own training images.
+    """Return the statistics of all experts, each on its own training images or from its card.
+
+    An expert that has a card is not run, whether the pool has images of it or not.
 
     Args:
-        modelpool: has the experts as networks, and their data.
+        modelpool: has the experts as networks, and their data or cards.
         members: the experts' tensors, in the order of units that the statistics shall have.
         names: of the statistics; :mod:`fusion.merging.statistics` lists them.
         layers: whose statistics are wanted; by default all layers of the members.
@@ -70,12 +73,16 @@ def gather(
         cache_dir = require_writable_folder(Path(cache_dir).expanduser(), "cache_dir")
     sources: list[TensorSource] = []
     for name in members.names:
+        card = modelpool.card(name)
+        if card is not None:
+            sources.append(card)
+            continue
         network = modelpool.load_model(name)
         network.load_state_dict(dict(members.experts[name]))
-        sample = _Sample(modelpool, name, calibration, progress)
+        sample = Sample(modelpool, name, calibration, progress)
 
         def found(
-            network: nn.Module = network, sample: _Sample = sample, name: str = name
+            network: nn.Module = network, sample: Sample = sample, name: str = name
         ) -> Iterator[tuple[str, Tensor]]:
             return collected(
                 network,
@@ -107,26 +114,63 @@ def check_statistics(modelpool: BaseModelPool, names: Collection[str]) -> None:
     """Check, before any work, that statistics can be gathered.
 
     Raises:
-        UserError: a name that is not known, an expert without images or, where true labels are
-            asked for, without outputs for its own classes.
+        UserError: a name that is not known, an expert without images and without a card that has
+            these statistics or, where true labels are asked for, without outputs for its own
+            classes.
     """
     check_names(names)
-    lacking = [name for name in modelpool.model_names if not modelpool.has_data("train", name)]
+    missing = sorted(set(names) - set(CARD_STATISTICS))
+    with_images: list[str] = []
+    for name in modelpool.model_names:
+        if not modelpool.has_card(name):
+            with_images.append(name)
+        elif missing:
+            raise UserError(
+                f"the merge needs {', '.join(missing)} of the experts' images, and the card of "
+                f"'{name}' has only {', '.join(CARD_STATISTICS)}; choose method=regmean "
+                f"method.rule.folded=true, which needs no more, or take '{name}' out of cards and "
+                f"add its images to train_datasets"
+            )
+    lacking = [name for name in with_images if not modelpool.has_data("train", name)]
     if names and lacking:
         raise UserError(
             f"statistics ({', '.join(sorted(names))}) are measured on training images of each "
-            f"expert, and the pool has none of {', '.join(lacking)}; add them to train_datasets"
+            f"expert, and the pool has none of {', '.join(lacking)}; add them to train_datasets, "
+            f"or the experts' cards to cards"
         )
-    if "empirical_fisher" in names:
-        for name in modelpool.model_names:
-            _positions(modelpool, name)
+    for statistic in BY_LABELS:
+        for name in with_images if statistic in names else ():
+            check_labels(modelpool, name, statistic)
 
 
-class _Sample:
+def check_labels(modelpool: BaseModelPool, name: str, statistic: str) -> None:
+    """Check that an expert has an output for each class of its training data.
+
+    Args:
+        modelpool: has the expert and its data.
+        name: of the expert.
+        statistic: what takes the labels.
+
+    Raises:
+        UserError: it has not.
+    """
+    outputs, classes = modelpool.labels(name), label_space(modelpool.dataset(name))
+    if outputs is not None and classes is not None and not outputs.covers(classes):
+        raise UserError(
+            f"{statistic}: the training data of '{name}' has the classes {classes}, and its "
+            f"outputs stand for {outputs}; take labels from the model, or say which classes they "
+            f"are"
+        )
+
+
+class Sample:
     """The images of one expert, drawn at random; every pass over them is the same.
 
-    Attributes:
-        digest: a hash of the images and labels themselves.
+    Args:
+        modelpool: has the expert's data and classes.
+        name: of the expert.
+        calibration: how many images, in which batches, drawn with which seed.
+        progress: whether to show a progress bar; ``None`` shows it where there is a terminal.
     """
 
     def __init__(
@@ -140,7 +184,7 @@ class _Sample:
     def batches(self) -> Iterator[Batch]:
         """Yield images, and labels as numbers of the network's outputs where these are known."""
         size, limit = self._calibration.batch_size, self._calibration.images
-        positions = _positions(self._modelpool, self._name, strict=False)
+        positions = _positions(self._modelpool, self._name)
         for images, labels in tqdm(
             self._drawn(),
             total=number_of_batches(self._dataset, batch_size=size, limit=limit),
@@ -151,7 +195,13 @@ class _Sample:
             yield images, labels if positions is None else positions[labels]
 
     @property
+    def images(self) -> int:
+        """How many images there are."""
+        return min(self._calibration.images, len(self._dataset))
+
+    @property
     def digest(self) -> str:
+        """A hash of the images and labels."""
         digest = hashlib.sha256()
         for images, labels in self._drawn():
             digest.update(digest_tensors({"images": images, "labels": labels}).encode())
@@ -167,37 +217,22 @@ class _Sample:
         )
 
 
-def _positions(modelpool: BaseModelPool, name: str, *, strict: bool = True) -> Tensor | None:
-    """Return the output that stands for each label of an expert's data.
+def _positions(modelpool: BaseModelPool, name: str) -> Tensor | None:
+    """Return the output that stands for each label of an expert's data, (classes of the data,).
 
-    Args:
-        modelpool: has the expert and its data.
-        name: of the expert.
-        strict: whether it is a mistake that the network has no output for a class of its data.
-
-    Returns:
-        (classes of the data,), or ``None`` where somebody's classes are unknown: labels are then
-        taken to be numbers of outputs.
-
-    Raises:
-        UserError: the network has no output for a class of its data.
+    ``None`` where somebody's classes are unknown, or the network has no output for one of them:
+    labels are then taken to be numbers of outputs.
     """
     outputs, classes = modelpool.labels(name), label_space(modelpool.dataset(name))
     if outputs is None or classes is None:
         return None
     positions = outputs.positions(classes)
-    if positions is None and strict:
-        raise UserError(
-            f"empirical_fisher: the training data of '{name}' has the classes {classes}, and its "
-            f"outputs stand for {outputs}; take labels from the model, or say which classes they "
-            f"are"
-        )
     return None if positions is None else torch.tensor(positions)
 
 
 def _recipe(
     network: nn.Module,
-    sample: _Sample,
+    sample: Sample,
     names: Collection[str],
     layers: Sequence[Layer],
     calibration: Calibration,

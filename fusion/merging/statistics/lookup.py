@@ -36,6 +36,16 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
         """Return the same statistics, which are moved to ``device`` as they are read."""
         return Statistics(self._experts, device=device)
 
+    def each(self, name: str, key: str) -> list[Tensor | None]:
+        """Return one statistic of each expert; the shapes may differ, ``None`` where one has none.
+
+        Args:
+            name: of the statistic.
+            key: state-dict key.
+        """
+        full = f"{name}/{key}"
+        return [e[full].to(self._device) if full in e else None for e in self._experts]
+
     def __getitem__(self, key: str) -> Mapping[str, Tensor]:
         return _OfTensor(self._names[key], lambda name: self._stacked(f"{name}/{key}"))
 

@@ -19,12 +19,12 @@ from fusion.weights import (
     TensorSource,
     save_safetensors,
 )
+from fusion.weights.triangles import from_triangle, to_triangle
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
 _VALUES = "values"  # name of the tensor in each file
-_BLOCK = 512  # columns that are mirrored at once
 
 
 class StoredStatistics(TensorSource):
@@ -127,27 +127,6 @@ def read_statistics(folder: Path, recipe: str) -> StoredStatistics | None:
         log.warning("%s is damaged; gathering these statistics again", folder)
         return None
     return StoredStatistics(folder, index["entries"])
-
-
-def to_triangle(matrices: Tensor) -> Tensor:
-    """Return the upper triangles of symmetric matrices, (g, c, c) -> (g, c (c + 1) / 2)."""
-    size = matrices.shape[-1]
-    return torch.cat([matrices[:, row, row:] for row in range(size)], dim=1)
-
-
-def from_triangle(values: Tensor, size: int) -> Tensor:
-    """Return the symmetric matrices of which :func:`to_triangle` took the upper triangles."""
-    matrices = values.new_empty(len(values), size, size)
-    start = 0
-    for row in range(size):
-        matrices[:, row, row:] = values[:, start : start + size - row]
-        start += size - row
-    for first in range(0, size, _BLOCK):
-        last = min(first + _BLOCK, size)
-        matrices[:, last:, first:last] = matrices[:, first:last, last:].mT
-        corner = matrices[:, first:last, first:last]
-        corner.copy_(corner.triu() + corner.triu(1).mT)
-    return matrices
 
 
 def _digest(file: Path) -> str:

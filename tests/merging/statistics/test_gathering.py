@@ -19,7 +19,6 @@ from fusion.merging.batch_norm import Calibration
 from fusion.merging.members import Members, every_layer
 from fusion.merging.rules import Fisher, Mean, RegMean
 from fusion.merging.statistics import Statistics, check_statistics, collect, gather
-from fusion.merging.statistics.store import from_triangle, to_triangle
 from fusion.merging.tensors import merge_parameters
 from fusion.modelpool import BaseModelPool
 from fusion.weights import ModuleSource
@@ -265,14 +264,6 @@ def test_stored_statistics_are_read_one_at_a_time(
             assert read == []
             assert piece.statistics["gram"].shape[0] == 2
             assert read.pop() == f"gram/{piece.key}"
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 600])
-def test_triangles_of_symmetric_matrices(size) -> None:
-    matrices = torch.randn(2, size, size, dtype=torch.float64)
-    matrices = matrices + matrices.mT
-    assert to_triangle(matrices).shape == (2, size * (size + 1) // 2)
-    assert torch.equal(from_triangle(to_triangle(matrices), size), matrices)
 
 
 def test_true_labels_are_numbers_of_outputs(pool, data) -> None:
