@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fusion.cli.pools import composed
+from fusion.cli.configuration import composed
 from fusion.figures.barrier import barrier_figure
 from fusion.figures.style import save_figure
 from fusion.files import write_text

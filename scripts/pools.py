@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fusion.cli.pools import composed
+from fusion.cli.configuration import composed
 
 
 def settings(name: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:

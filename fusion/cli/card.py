@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusion.cli.arguments import checked_arguments
 from fusion.cli.folders import extra_folders
-from fusion.cli.mistakes import explaining
-from fusion.cli.yaml_files import check_files
-from fusion.config_folder import config_folder
 from fusion.errors import UserError
 
 ALL = "all"
 _OWN = ("card", "to", "images", "batch_size", "device", "overwrite")
-_PRIMARY = "fusion_bench"
 
 
 def write_cards(arguments: Sequence[str]) -> None:
@@ -29,7 +24,7 @@ def write_cards(arguments: Sequence[str]) -> None:
     Raises:
         UserError: an option is missing or has no meaning, or a card cannot be written.
     """
-    own, others = _split(arguments)
+    own, config_dir, others = _split(arguments)
     if not own["card"] or not own.get("to"):
         raise UserError(
             "card needs an expert and a file: card=NAME modelpool=POOL to=NAME.card.safetensors "
@@ -40,7 +35,9 @@ def write_cards(arguments: Sequence[str]) -> None:
     options: dict[str, Any] = {
         name: _number(name, own[name]) for name in ("images", "batch_size") if name in own
     }
-    values = _composed(others)
+    from fusion.cli.configuration import composed
+
+    values = composed(others, ("modelpool", "seed"), config_dir=config_dir)
 
     from fusion.merging.cards import SUFFIX, check_card, write_card  # from here torch is paid for
     from fusion.modelpool import BaseModelPool
@@ -63,51 +60,25 @@ def write_cards(arguments: Sequence[str]) -> None:
         sys.stdout.write(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)\n")
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the options of the card, and those of the configuration."""
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], Path | None, list[str]]:
+    """Return the options of the card, the folder of ``--config-dir``, and the configuration's."""
+    folders = extra_folders(arguments)
     own: dict[str, str] = {}
     others = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals and name in _OWN:
             own[name] = value
-        else:
+        elif not name.startswith(("--config-dir", "-cd")) and Path(argument) not in folders:
             others.append(argument)
-    flags = [a for a in others if a.startswith("-") and not a.startswith(("--config-dir", "-cd"))]
-    if flags:
+    if flags := [a for a in others if a.startswith("-")]:
         raise UserError(f"card takes no flag but --config-dir; leave {flags[0]} out")
     if not any(argument.startswith("modelpool=") for argument in others):
         raise UserError("card needs the pool that has the expert: modelpool=NAME")
-    return own, others
+    return own, folders[-1] if folders else None, others
 
 
 def _number(name: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 2:
         raise UserError(f"{name}={value}: give a whole number of 2 or more")
     return int(value)
-
-
-def _composed(arguments: Sequence[str]) -> Mapping[str, Any]:
-    """Return the pool and the seed that the arguments describe, in plain values."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from fusion.cli.job import register_resolvers
-
-    folder = config_folder()
-    checked = checked_arguments(arguments, folder)
-    folders = extra_folders(checked)
-    check_files(folders, checked)
-    register_resolvers()
-    overrides = [a for a in checked if not a.startswith("-") and Path(a) not in folders]
-    found = ",".join(f"file://{path.resolve()}" for path in folders)
-    with explaining(checked, folder), initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose(
-            _PRIMARY, [*overrides, *([f"hydra.searchpath=[{found}]"] if found else [])]
-        )
-        return {
-            key: OmegaConf.to_container(config[key], resolve=True, throw_on_missing=True)
-            if OmegaConf.is_config(config[key])
-            else config[key]
-            for key in ("modelpool", "seed")
-        }
