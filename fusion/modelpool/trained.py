@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from fusion.modelpool.member import (
     build_unfilled,
     on_meta,
 )
+from fusion.modelpool.simplex import set_simplex_head
+from fusion.models import find_head
 from fusion.options import (
     Classes,
     Count,
@@ -96,7 +98,7 @@ class TrainedModel(Member):
         *,
         classes: Classes | None = None,
         init_from: Text | None = None,
-        head: HeadOrigin = "auto",
+        head: HeadOrigin | Literal["simplex"] = "auto",
         epochs: Count = 10,
         lr: Positive = 1e-3,
         weight_decay: NonNegative = 0.01,
@@ -114,7 +116,8 @@ class TrainedModel(Member):
         self.architecture_spec = architecture
         self.init_from = init_from
         self._classes = None if classes is None else tuple(classes)
-        self._head = head
+        self._simplex = head == "simplex"
+        self._head: HeadOrigin = "fresh" if head == "simplex" else head
         self._dataset = dataset
         self.epochs = 1 if fast_dev_run else epochs
         self.training_options: dict[str, Any] = {
@@ -146,6 +149,8 @@ class TrainedModel(Member):
                 self._fabric()
                 if entry.parent is not None:
                     self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
+                if self._simplex:
+                    self._with_simplex_head(entry, self.architecture())
         except UserError as error:
             lines.append(f"model '{entry.name}': {error}")
         return lines
@@ -215,7 +220,7 @@ class TrainedModel(Member):
                 "init_from": None if parent is None else parent.fingerprint,
                 "preprocessing": canonical(entry.preprocessing),
                 "parent_classes": parent.known.to_json() if parent and parent.known else None,
-                "head": [self._head, canonical(entry.head)],
+                "head": ["simplex" if self._simplex else self._head, canonical(entry.head)],
                 "epochs": self.epochs,
                 "options": canonical(self.training_options),
                 "precision": self._precision,
@@ -269,6 +274,7 @@ class TrainedModel(Member):
         if entry.parent is not None:
             parent = tensors_of(entry.parent.build())
             load_tensors(model, self._inherited(entry, parent, lambda _: model))
+        trainable = self._with_simplex_head(entry, model) if self._simplex else None
         history = fit(
             model,
             data,
@@ -276,6 +282,7 @@ class TrainedModel(Member):
             seed=seed,
             fabric=self._fabric(),
             label=entry.name,
+            trainable=trainable,
             **self.training_options,
         )
         last = history.epochs[-1].train
@@ -294,6 +301,19 @@ class TrainedModel(Member):
         if labels is not None:
             metadata["labels"] = labels.to_json()
         return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
+
+    def _with_simplex_head(self, entry: Entry, model: nn.Module) -> list[str]:
+        """Give ``model`` its part of the simplex of all classes; return what is left to train."""
+        data = load_dataset(self._dataset, entry.preprocessing)
+        known, wanted = label_space(data), label_space(self._data(entry))
+        rows = None if known is None or wanted is None else known.positions(wanted)
+        if known is None or rows is None:
+            raise UserError(
+                "head=simplex: the data set does not say what its classes are, and each has a "
+                "vertex of its own; give it class_names"
+            )
+        head = find_head(model, named=entry.head)
+        return set_simplex_head(model, head, rows, classes=len(known))
 
     def _fabric(self) -> Fabric:
         """Return one process of its own, whatever the run uses: the recipe decides the weights."""

@@ -18,6 +18,7 @@ from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, TrainedModel
 from fusion.modelpool.fingerprint import digest_tensors
+from fusion.modelpool.simplex import simplex_vertices
 from fusion.weights import load_safetensors, read_metadata, save_safetensors
 
 NET = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
@@ -429,3 +430,33 @@ def test_a_kill_leaves_nothing_broken(tmp_path, equal) -> None:
     assert {path.suffix for path in cache.iterdir()} <= {".lock", ".safetensors"}
     assert not list(cache.glob(".*"))
     assert equal(model, make_pool(cache, x=recipe()).load_model("x"))
+
+
+def test_networks_of_different_classes_share_a_simplex_that_is_not_trained(tmp_path) -> None:
+    spec = recipe([7, 2, 0], head="simplex", epochs=2)
+    pool = make_pool(tmp_path, a=spec, b=recipe([5, 1], head="simplex"))
+    pool.preflight()
+    vertices = simplex_vertices(10, 32)
+    for name, classes in {"a": [7, 2, 0], "b": [5, 1]}.items():
+        state = pool.tensors(name)
+        assert torch.equal(state["linear.weight"], vertices[classes])
+        assert not state["linear.bias"].any()
+    fresh = make_pool(tmp_path, a={**spec, "head": "auto"}).tensors("a")
+    assert not torch.equal(fresh["conv1.weight"], pool.tensors("a")["conv1.weight"])
+    started = make_pool(tmp_path, a=spec, c=recipe([7, 2, 0], head="simplex", init_from="a"))
+    assert torch.equal(started.tensors("c")["linear.weight"], vertices[[7, 2, 0]])
+
+
+def test_a_simplex_has_equal_angles_the_largest_there_are() -> None:
+    vertices = simplex_vertices(5, 7).double()
+    expected = torch.full((5, 5), -1 / 4, dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(vertices @ vertices.T, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(vertices.sum(0), torch.zeros(7).double(), rtol=0, atol=1e-6)
+
+
+def test_a_simplex_needs_as_many_features_as_classes(tmp_path, trainings) -> None:
+    narrow = {**NET, "width": 0.125, "num_classes": 10}
+    pool = make_pool(tmp_path, x={**recipe(), "architecture": narrow, "head": "simplex"})
+    with pytest.raises(UserError, match="simplex of 10 classes in 8 features"):
+        pool.preflight()
+    assert trainings == []
