@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=without_files)
     parser.add_argument("--overrides", nargs="*", default=[], help="as for fusion_bench")
     arguments = parser.parse_args()
-    print("| setting | tasks or parts | experts | base, their heads | simple average | training, s |")
+    print(
+        "| setting | tasks or parts | experts | base, their heads | simple average | training, s |"
+    )
     print("| --- | --: | --: | --: | --: | --: |")
     for name in arguments.settings:
         print(row(name, arguments.overrides), flush=True)

@@ -32,7 +32,7 @@ class OwnTensors(TaskRule):
         per_task: whether each task gets its network; ``False`` gives the mean.
     """
 
-    kind: TensorKind
+    kind: TensorKind = "affine"
     per_task: bool = True
 
     elementwise = True
