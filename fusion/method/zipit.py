@@ -63,6 +63,9 @@ class ZipIt(Merge):
             time it grows; 1 does not penalise growth.
         budget: multiply-adds of all tasks' bodies together, as a multiple of one network's body;
             by default everything is merged.
+        folded: whether a layer and the batch norm behind it are merged as the one affine map that
+            they are, so that units count as large as what is read of them; otherwise tensor by
+            tensor.
         batch_norm: running statistics: ``merge`` (the experts' in the common basis),
             ``recalibrate`` (measured anew on a sample of the pool's training images),
             ``recalibrate_per_task`` (a set for each task), ``auto`` (recalibrate). Tails keep the
@@ -86,6 +89,7 @@ class ZipIt(Merge):
         within_budget: Share = 0.0,
         repeat_factor: Share = 1.0,
         budget: Budget | None = None,
+        folded: bool = True,
         head: HeadChoice = "auto",
         batch_norm: Statistics = "auto",
         calibration_images: SampleSize = 2000,
@@ -104,18 +108,20 @@ class ZipIt(Merge):
             plot=False,
             seed=seed,
         )
-        if budget is not None and batch_norm == "recalibrate_per_task":
-            raise UserError(
-                "batch_norm=recalibrate_per_task gives each task statistics of its own, with which "
-                "no trunk can be shared; choose batch_norm=recalibrate, or budget=null"
-            )
         if budget is not None and head not in ("auto", "tasks"):
             raise UserError(
                 f"budget={budget:g} keeps each expert's own head, and head={head} makes another; "
                 f"choose head=auto, or budget=null"
             )
         self.zipping = ZipStage(
-            basis, within_budget, repeat_factor, budget, example_input, seed, self.calibration
+            basis,
+            within_budget,
+            repeat_factor,
+            budget,
+            folded,
+            example_input,
+            seed,
+            self.calibration,
         )
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
@@ -154,14 +160,26 @@ class ZipIt(Merge):
         load_tensors(body, zipped.state)
         trunk = set(zipped.cut.trunk)
         norms = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if m in trunk]
-        if assembly.treatment == "recalibrate" and norms:
+        if assembly.treatment != "merge" and norms:
             recalibrate(
                 body, assembly.modelpool, self.fabric, self.calibration, norms=norms
             )
         cut = CutNetwork(body, zipped.cut.layer, dense=self.zipping.basis == "cca")
         own = {task: zipped.tails[names[0]] for task, names in assembly.modelpool.tasks.items()}
         plan = dataclasses.replace(assembly.plan, kind="tasks")
-        return MultiTaskNetwork.assemble(cut, own, task_labels(plan, assembly.modelpool))
+        network = MultiTaskNetwork.assemble(cut, own, task_labels(plan, assembly.modelpool))
+        others = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if m not in trunk]
+        if assembly.treatment == "recalibrate_per_task" and others:
+            for task, names in assembly.modelpool.tasks.items():
+                recalibrate(
+                    network.for_task(task),
+                    assembly.modelpool,
+                    self.fabric,
+                    self.calibration,
+                    names=names,
+                    norms=others,
+                )
+        return network
 
     def _write(self, zipped: Zipped) -> None:
         """Say in the report and the log what was merged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,22 +81,29 @@ def find_cuts(model: nn.Module) -> tuple[Cut, ...]:
     Raises:
         UserError: it cannot be traced.
     """
-    graph = graph_of(model)
-    nodes = [node for node in graph.nodes if node.op != "output"]
+    nodes = list(graph_of(model).nodes)
     modules = dict(model.named_modules())
+    place = {node: i for i, node in enumerate(nodes)}
+    last_use = [max((place[user] for user in node.users), default=i) for node, i in place.items()]
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for node, i in place.items():
+        if node.op in ("call_module", "get_attr"):
+            first.setdefault(str(node.target), i)
+            last[str(node.target)] = i
+    read_at = {key: _first_reader(key, first) for key in model.state_dict()}
     cuts = []
-    for place, node in enumerate(nodes):
-        if node.op != "call_module" or not is_layer(modules[str(node.target)]):
-            continue
-        trunk, tail = nodes[:place], nodes[place:]
-        later = set(tail) | {n for n in graph.nodes if n.op == "output"}
-        crossing = [n for n in trunk if any(user in later for user in n.users)]
-        found = [_crossing(n, modules) for n in crossing]
-        inside, outside = _targets(trunk), _targets(tail)
-        if all(one is not None for one in found) and not inside & outside:
-            keys = [k for k in model.state_dict() if any(_under(k, name) for name in inside)]
+    open_values: list[fx.Node] = []  # made before, and read here or later
+    for node, i in place.items():
+        open_values = [value for value in open_values if last_use[place[value]] >= i]
+        layer = node.op == "call_module" and is_layer(modules[str(node.target)])
+        if layer and not any(first[name] < i <= last[name] for name in first):
+            found = [_crossing(value, modules) for value in open_values]
             kept = tuple(one for one in found if one is not None)
-            cuts.append(Cut(str(node.target), kept, tuple(keys)))
+            trunk = tuple(key for key, at in read_at.items() if at is not None and at < i)
+            if len(kept) == len(found):
+                cuts.append(Cut(str(node.target), kept, trunk))
+        open_values.append(node)
     return tuple(cuts)
 
 
@@ -107,6 +114,9 @@ def graph_of(model: nn.Module) -> fx.Graph:
         UserError: it cannot be traced.
     """
     graph = symbolic_graph(model)
+    if not isinstance(graph, str):
+        inputs = sum(node.op == "placeholder" for node in graph.nodes)
+        graph = graph if inputs == 1 else f"its forward pass takes {inputs} inputs, not one"
     if isinstance(graph, str):
         raise UserError(
             f"{type(model).__name__} cannot be cut into trunk and tails ({graph}); merge it whole: "
@@ -169,19 +179,20 @@ class CutNetwork(nn.Module):
             for one in self.cut.crossings
             if one.source
         )
-        graph = graph_of(bare)
-        self._trunk, self._tail = _halves(graph, self.cut)
+        self._trunk, self._tail = (
+            # The generated function alone, which takes the module as its `self`.
+            type(fx.GraphModule(network, half)).forward
+            for half in _halves(graph_of(bare), self.cut)
+        )
         self.train(network.training)
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, images: Tensor) -> Any:
         """Return what the original network returns, its tail reading merged features."""
-        return self.tail(self.trunk(*inputs))
+        return self.tail(self.trunk(images))
 
-    def trunk(self, *inputs: Any) -> tuple[Tensor, ...]:
+    def trunk(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the values that cross the cut, as the trunk makes them."""
-        made = fx.Interpreter(self, graph=self._trunk).run(*inputs)
-        assert isinstance(made, tuple)
-        return made
+        return tuple(self._trunk(self, images))
 
     def tail(self, values: Sequence[Tensor]) -> Any:
         """Return the outputs for the trunk's values."""
@@ -190,7 +201,7 @@ class CutNetwork(nn.Module):
             next(readers)(value) if one.source else value
             for one, value in zip(self.cut.crossings, values, strict=True)
         ]
-        return fx.Interpreter(self, graph=self._tail).run(*read)
+        return self._tail(self, *read)
 
 
 def reader_key(number: int, *, dense: bool) -> str:
@@ -251,15 +262,14 @@ def _halves(graph: fx.Graph, cut: Cut) -> tuple[fx.Graph, fx.Graph]:
     return trunk, tail
 
 
-def _targets(nodes: Sequence[fx.Node]) -> set[str]:
-    return {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
+def _first_reader(key: str, first: Mapping[str, int]) -> int | None:
+    """Return the place of the first node that reads a tensor; ``None`` where none does."""
+    parts = key.split(".")
+    names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    return min((first[name] for name in names if name in first), default=None)
 
 
-def _under(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}.")
-
-
-def _crossing(node: fx.Node, modules: dict[str, nn.Module]) -> Crossing | None:
+def _crossing(node: fx.Node, modules: Mapping[str, nn.Module]) -> Crossing | None:
     """Return what a value is whose channels are those of a norm or layer, or of the input."""
     if node.op == "placeholder":
         return Crossing(node.name, "", 0, 1)
@@ -274,7 +284,7 @@ def _crossing(node: fx.Node, modules: dict[str, nn.Module]) -> Crossing | None:
     return Crossing(node.name, found, int(module.out_channels), 1)  # type: ignore[arg-type]
 
 
-def _source(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+def _source(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
     """Return the name of the norm or layer whose output channels a value has."""
     if node.op == "call_module":
         module = modules[str(node.target)]

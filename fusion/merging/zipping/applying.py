@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusion.alignment import Entry, Group, PermutationSpec
 from fusion.merging.batch_norm import statistics_keys
+from fusion.merging.folding import Folding
 from fusion.merging.zipping.basis import Basis, merged_variance
 from fusion.models import Layer
 from fusion.models.layer import is_layer, is_norm
@@ -128,6 +129,51 @@ def merged_tensor(
             maps.append((group, entry, merge if entry.axis == out else basis.unmerge[i].T))
         total += _mapped(tensor.double(), maps) / len(tensors)
     return total
+
+
+def merged_folding(
+    folding: Folding,
+    networks: Sequence[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    bases: Bases,
+    roles: Roles,
+) -> dict[str, Tensor]:
+    """Return a layer and its batch norm, merged as the one affine map that they are in evaluation.
+
+    The norm's scale and shift are such that it returns the merged map under the statistics that
+    its input would have if features were merged without loss: measured anew, the statistics bring
+    each channel to that mean and deviation (as REPAIR does, arXiv 2211.08403).
+
+    Args:
+        folding: the layer and its norm.
+        networks: the networks' tensors, not folded.
+        spec, bases, roles: see :func:`merged_tensor`.
+    """
+    norm, weight = folding.norm, folding.layer.weight
+    maps, biases, means, variances = [], [], [], []
+    for tensors in networks:
+        folded = {key: t.double() for key, t in folding.folded(tensors).items()}
+        variance = tensors[f"{norm}.running_var"].double()
+        scale = tensors[f"{norm}.weight"].double() / (variance + folding.eps).sqrt()
+        mean = tensors[f"{norm}.running_mean"].double()
+        if folding.has_bias:
+            mean = mean - tensors[f"{folding.layer.name}.bias"].double()
+        maps.append(folded[weight])
+        biases.append(folded[f"{norm}.bias"])
+        means.append(scale * mean)
+        variances.append(scale.square() * variance)
+
+    def merged(key: str, values: Sequence[Tensor]) -> Tensor:
+        return merged_tensor(key, values, spec, bases, roles)
+
+    return {
+        weight: merged(weight, maps),
+        **folding.normalised(
+            merged(f"{norm}.bias", biases),
+            merged(f"{norm}.running_mean", means),
+            merged(f"{norm}.running_var", variances),
+        ),
+    }
 
 
 def read_tensor(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fusion.alignment.assignment import best_assignment
 
 # Ridge of the whitening, and what keeps units in place that the features say nothing about.
-RIDGE = 1e-4
+RIDGE = 1e-1
 STAY = 1e-6
 
 

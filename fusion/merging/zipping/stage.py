@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from fusion.alignment.permutation import permute_tensor
 from fusion.errors import UserError
 from fusion.merging.alignment import AlignmentStage, activation_images, symmetries
 from fusion.merging.batch_norm import Calibration
+from fusion.merging.folding import find_foldings
 from fusion.merging.heads import HeadPlan
 from fusion.merging.members import Members
 from fusion.merging.zipping import basis as bases_of
 from fusion.merging.zipping.applying import (
     Roles,
+    merged_folding,
     merged_tensor,
     mixable,
     read_tensor,
@@ -36,7 +39,7 @@ from fusion.merging.zipping.clusters import SAME_PLACE, greedy_clusters
 from fusion.modelpool import BaseModelPool
 from fusion.models.cut import Cut, graph_of, reader_key
 from fusion.options import ImageShape, Share, Seed, checked
-from fusion.weights import tensors_of
+from fusion.weights import load_tensors, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ class ZipStage:
     """How experts are merged in a common basis of their features.
 
     Attributes:
-        basis, within_budget, repeat_factor, budget: see :class:`fusion.method.ZipIt`.
+        basis, within_budget, repeat_factor, budget, folded: see :class:`fusion.method.ZipIt`.
         shape: of one input, (C, H, W); by default that of the pool's first training image.
         seed: of the order in which groups are visited where they are aligned.
         calibration: the sample of images whose features are compared.
@@ -102,6 +105,7 @@ class ZipStage:
     within_budget: Share = 0.0
     repeat_factor: Share = 1.0
     budget: float | None = None
+    folded: bool = True
     shape: ImageShape | None = None
     seed: Seed = 0
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
@@ -158,13 +162,18 @@ class ZipStage:
             )  # fmt: skip
             orders = {name: one.permutations for name, one in found.items()}
             models = {name: one.model for name, one in found.items()}
+        tensors = {name: tensors_of(copy.deepcopy(model)) for name, model in models.items()}
+        foldings = find_foldings(network, members.layers) if self.folded else {}
+        foldings = {n: one for n, one in foldings.items() if one.layer.weight in keys}
         seen = [*models.values()] + ([] if members.base is None else [modelpool.load_model(
             modelpool.pretrained_or_first_name).eval()])  # fmt: skip
+        for model in seen:
+            for folding in foldings.values():
+                load_tensors(model, folding.folded(tensors_of(model)))
         correlations = feature_correlations(shared, seen, data, device=device)
         bases, of_base, records = self._bases(
             shared, roles, correlations, len(models), members.base is not None
         )
-        tensors = {name: tensors_of(model.cpu()) for name, model in models.items()}
         head = members.head
         floating = [
             key for key in keys
@@ -177,6 +186,9 @@ class ZipStage:
             ).to(members.network.state_dict()[key].dtype)
             for key in floating
         }
+        for folding in foldings.values():
+            found = merged_folding(folding, list(tensors.values()), shared, bases, roles)
+            state |= {k: t.to(state[k].dtype) for k, t in found.items() if k in state}
         heads, tails = {}, {}
         for i, (name, of_expert) in enumerate(tensors.items()):
             readers = {group: basis.unmerge[i] for group, basis in bases.items()}
