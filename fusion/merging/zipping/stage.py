@@ -39,7 +39,7 @@ from fusion.merging.zipping.clusters import SAME_PLACE, greedy_clusters
 from fusion.modelpool import BaseModelPool
 from fusion.models.cut import Cut, graph_of, reader_key
 from fusion.options import ImageShape, Share, Seed, checked
-from fusion.weights import load_tensors, tensors_of
+from fusion.weights import load_tensors, tensors_of, working_dtype
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +165,11 @@ class ZipStage:
         tensors = {name: tensors_of(copy.deepcopy(model)) for name, model in models.items()}
         foldings = find_foldings(network, members.layers) if self.folded else {}
         foldings = {n: one for n, one in foldings.items() if one.layer.weight in keys}
+        # Half precisions are widened, so that rounding does not decide which units are alike.
         seen = [*models.values()] + ([] if members.base is None else [modelpool.load_model(
             modelpool.pretrained_or_first_name).eval()])  # fmt: skip
         for model in seen:
+            model.to(working_dtype(model.parameters()))
             for folding in foldings.values():
                 load_tensors(model, folding.folded(tensors_of(model)))
         correlations = feature_correlations(shared, seen, data, device=device)
