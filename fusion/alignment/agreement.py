@@ -17,7 +17,6 @@ from fusion.errors import UserError
 from fusion.weights import working_dtype
 
 
-
 def by_weights(
     spec: PermutationSpec,
     model: nn.Module,

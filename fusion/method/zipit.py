@@ -1,4 +1,4 @@
-"""Merge networks by their features, of one network too: ZipIt! (Stoica et al., arXiv 2305.03053)."""
+"""Merge units by their features, also within a network: ZipIt! (arXiv 2305.03053)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fusion.merging.rules import Mean
 from fusion.merging.zipping import BasisKind, Zipped, ZipStage
 from fusion.method.merge import Merge
 from fusion.modelpool import BaseModelPool
-from fusion.models import CutNetwork, MultiTaskNetwork, resize_head
-from fusion.options import ImageShape, SampleSize, Seed, Share, Within, checked
+from fusion.models import CutNetwork, MultiTaskNetwork
+from fusion.options import ImageShape, Positive, SampleSize, Seed, Share, Within, checked
 from fusion.weights import load_tensors
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class ZipIt(Merge):
             into other units of the same network.
         repeat_factor: α of ZipIt, for ``zip``: the factor on the correlations of a cluster each
             time it grows; 1 does not penalise growth.
+        ridge: for ``cca``: of the whitening, relative to the features' variance.
         budget: multiply-adds of all tasks' bodies together, as a multiple of one network's body;
             by default everything is merged.
         folded: whether a layer and the batch norm behind it are merged as the one affine map that
@@ -68,8 +69,9 @@ class ZipIt(Merge):
             tensor.
         batch_norm: running statistics: ``merge`` (the experts' in the common basis),
             ``recalibrate`` (measured anew on a sample of the pool's training images),
-            ``recalibrate_per_task`` (a set for each task), ``auto`` (recalibrate). Tails keep the
-            experts'.
+            ``recalibrate_per_task`` (a set for each task), ``auto`` (recalibrate). With a budget
+            that is the trunk's; the tails keep the experts', but under ``recalibrate_per_task``,
+            and then also ``auto``, they are measured anew on the task's images behind the trunk.
         head, calibration_images, batch_size, example_input, seed: see
             :class:`~fusion.method.Merge`; the calibration images are also those whose features
             are compared.
@@ -88,6 +90,7 @@ class ZipIt(Merge):
         basis: BasisKind = "zip",
         within_budget: Share = 0.0,
         repeat_factor: Share = 1.0,
+        ridge: Positive = 0.1,
         budget: Budget | None = None,
         folded: bool = True,
         head: HeadChoice = "auto",
@@ -113,10 +116,12 @@ class ZipIt(Merge):
                 f"budget={budget:g} keeps each expert's own head, and head={head} makes another; "
                 f"choose head=auto, or budget=null"
             )
+        self._measures_tails = batch_norm in ("auto", "recalibrate_per_task")
         self.zipping = ZipStage(
             basis,
             within_budget,
             repeat_factor,
+            ridge,
             budget,
             folded,
             example_input,
@@ -161,15 +166,13 @@ class ZipIt(Merge):
         trunk = set(zipped.cut.trunk)
         norms = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if m in trunk]
         if assembly.treatment != "merge" and norms:
-            recalibrate(
-                body, assembly.modelpool, self.fabric, self.calibration, norms=norms
-            )
+            recalibrate(body, assembly.modelpool, self.fabric, self.calibration, norms=norms)
         cut = CutNetwork(body, zipped.cut.layer, dense=self.zipping.basis == "cca")
         own = {task: zipped.tails[names[0]] for task, names in assembly.modelpool.tasks.items()}
         plan = dataclasses.replace(assembly.plan, kind="tasks")
         network = MultiTaskNetwork.assemble(cut, own, task_labels(plan, assembly.modelpool))
         others = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if m not in trunk]
-        if assembly.treatment == "recalibrate_per_task" and others:
+        if self._measures_tails and others:
             for task, names in assembly.modelpool.tasks.items():
                 recalibrate(
                     network.for_task(task),
@@ -199,7 +202,9 @@ class ZipIt(Merge):
                      "out for it, on average", total, len(measured), explained)  # fmt: skip
         for group in zipped.groups:
             if group.how == "in place":
-                log.info("No features of the group %s were recorded: averaged in place", group.group)
+                log.info(
+                    "No features of the group %s were recorded: averaged in place", group.group
+                )
         if zipped.cut is not None and costs is not None:
             log.info("Separate from %s on: %.2f times one network's multiply-adds",
                      zipped.cut.layer, costs.share)  # fmt: skip

@@ -3,7 +3,8 @@
 from fusion.merging.zipping.basis import Basis, canonical, merged_variance, of_clusters
 from fusion.merging.zipping.budget import Costs, choose_cut, multiply_adds
 from fusion.merging.zipping.clusters import greedy_clusters
-from fusion.merging.zipping.stage import BasisKind, GroupRecord, Zipped, ZipStage
+from fusion.merging.zipping.groups import BasisKind, GroupRecord
+from fusion.merging.zipping.stage import Zipped, ZipStage
 
 __all__ = [
     "Basis",

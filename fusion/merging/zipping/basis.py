@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from fusion.alignment.assignment import best_assignment
 
-# Ridge of the whitening, and what keeps units in place that the features say nothing about.
-RIDGE = 1e-1
+# Keeps units in place that the features say nothing about.
 STAY = 1e-6
+SPARSE = 20  # from one entry in so many on, a sparse product is faster
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,11 @@ class Basis:
 
         A feature that does not vary explains nothing.
         """
-        read = self.unmerge.flatten(0, 1) @ _wide(self.merge)  # (networks·size) squared
-        variance = ((read @ self.correlation) * read).sum(1)
-        covariance = (read * self.correlation).sum(1)
+        merge, read = _wide(self.merge), self.unmerge.flatten(0, 1)
+        with_units = _times(merge, self.correlation)  # covariance of features and units
+        of_features = _times(merge, with_units.T).T
+        variance = (_times(read, of_features) * read).sum(1)
+        covariance = (read * with_units.T).sum(1)
         varies = variance > 1e-12
         return float(torch.where(varies, covariance / variance.clamp(min=1e-12).sqrt(), 0).mean())
 
@@ -68,7 +70,7 @@ def merged_variance(basis: Basis, variance: Tensor) -> Tensor:
         (size,) float64.
     """
     weighted = _wide(basis.merge) * variance.double().clamp(min=0).sqrt().flatten()
-    return ((weighted @ basis.correlation) * weighted).sum(1).clamp(min=0)
+    return (_times(weighted, basis.correlation) * weighted).sum(1).clamp(min=0)
 
 
 def of_clusters(clusters: Tensor, correlation: Tensor) -> Basis:
@@ -119,7 +121,7 @@ def assigned(correlation: Tensor, networks: int, reference: int) -> Tensor:
     ])  # fmt: skip
 
 
-def canonical(correlation: Tensor, networks: int, reference: int) -> Basis:
+def canonical(correlation: Tensor, networks: int, reference: int, *, ridge: float = 0.1) -> Basis:
     r"""Return the basis of canonical correlation analysis, in the reference's coordinates.
 
     With the features standardised, :math:`C_{ri}` their correlation between the reference r and
@@ -129,24 +131,25 @@ def canonical(correlation: Tensor, networks: int, reference: int) -> Basis:
         T_i = C_{rr}^{1/2} P Q^T C_{ii}^{-1/2}, \qquad M_i = T_i / n, \qquad U_i = T_i^{-1}
 
     Source: CCA Merge (Horoi et al., 2024, arXiv 2407.05385), equation 5; there for two networks
-    and by the covariance. A ridge of 1e-4 keeps the whitening finite, and directions in which
-    nothing varies stay in place.
+    and by the covariance. Directions in which nothing varies stay in place.
 
     Args:
         correlation: (m·size, m·size) of m networks, the merged ones first.
         networks: how many of them are merged.
         reference: number of the network in whose coordinates the merged features are.
+        ridge: added to the eigenvalues of C_rr and C_ii, whose mean is 1: 0.1 or so where there are
+            few images. A large one makes the maps orthogonal (Procrustes).
     """
     size = _size(correlation, networks, reference)
     blocks = correlation.view(correlation.shape[0] // size, size, -1, size).transpose(1, 2)
-    root, inverse = _roots(blocks[reference, reference])
+    root, inverse = _roots(blocks[reference, reference], ridge)
     transforms, back = [], []
     for i in range(networks):
         if i == reference:
             transforms.append(torch.eye(size, dtype=torch.float64))
             back.append(torch.eye(size, dtype=torch.float64))
             continue
-        own_root, own_inverse = _roots(blocks[i, i])
+        own_root, own_inverse = _roots(blocks[i, i], ridge)
         whitened = inverse @ blocks[reference, i] @ own_inverse
         p, _, q = torch.linalg.svd(whitened + STAY * torch.eye(size, dtype=torch.float64))
         transforms.append(root @ p @ q @ own_inverse)
@@ -161,13 +164,20 @@ def _size(correlation: Tensor, networks: int, reference: int) -> int:
     return len(correlation) // max(networks, reference + 1)
 
 
-def _roots(correlation: Tensor) -> tuple[Tensor, Tensor]:
+def _roots(correlation: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the square root of a correlation and its inverse."""
     values, vectors = torch.linalg.eigh(correlation)
-    values = values.clamp(min=0) + RIDGE
+    values = values.clamp(min=0) + ridge
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
 def _wide(merge: Tensor) -> Tensor:
     """Return the merge matrix M, (size, networks·size)."""
     return merge.transpose(0, 1).flatten(1)
+
+
+def _times(matrix: Tensor, other: Tensor) -> Tensor:
+    """Return the product with a matrix that holds mostly zeros where units are clustered."""
+    if matrix.count_nonzero() * SPARSE < matrix.numel():
+        return torch.sparse.mm(matrix.to_sparse(), other)
+    return matrix @ other

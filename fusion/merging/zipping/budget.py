@@ -80,7 +80,7 @@ def choose_cut(
     ends = [layers[_owner(key)] for key in head.tensors if _owner(key) in layers]
     if not ends:
         raise UserError(
-            f"{type(model).__name__} has a head of plain parameters, before which its multiply-adds "
+            f"the head of {type(model).__name__} is no layer, so that the multiply-adds before it "
             f"cannot be counted; merge it whole: budget=null"
         )
     body = min(counting.before[end] for end in ends)
