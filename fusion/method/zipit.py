@@ -88,7 +88,7 @@ class ZipIt(Merge):
         self,
         *,
         basis: BasisKind = "zip",
-        within_budget: Share = 0.0,
+        within_budget: Share = 0.3,
         repeat_factor: Share = 1.0,
         ridge: Positive = 0.1,
         budget: Budget | None = None,

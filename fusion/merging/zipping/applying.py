@@ -257,4 +257,5 @@ def _place(matrix: Tensor, positions: Tensor, part: Tensor) -> None:
 
 def _along(matrix: Tensor, value: Tensor, axis: int) -> Tensor:
     """Apply a map to one axis."""
-    return torch.tensordot(matrix, value, dims=([1], [axis])).movedim(0, axis)
+    moved: Tensor = torch.tensordot(matrix, value, dims=([1], [axis]))
+    return moved.movedim(0, axis)

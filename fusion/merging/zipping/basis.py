@@ -179,5 +179,6 @@ def _wide(merge: Tensor) -> Tensor:
 def _times(matrix: Tensor, other: Tensor) -> Tensor:
     """Return the product with a matrix that holds mostly zeros where units are clustered."""
     if matrix.count_nonzero() * SPARSE < matrix.numel():
-        return torch.sparse.mm(matrix.to_sparse(), other)
+        product: Tensor = torch.sparse.mm(matrix.to_sparse(), other)
+        return product
     return matrix @ other

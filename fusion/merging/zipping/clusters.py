@@ -96,7 +96,7 @@ class _Search:
         before = self.budget > 0
         self.budget[both] -= 1
         merged = np.minimum(self.similar[one], self.similar[other])
-        merged = np.minimum(merged, self.factor * merged)
+        merged[merged > 0] *= self.factor
         merged[[one, other]] = -np.inf
         self.similar[one], self.similar[:, one] = merged, merged
         self.inside[one] |= self.inside[other]

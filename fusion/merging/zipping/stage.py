@@ -77,7 +77,7 @@ class ZipStage:
     """
 
     basis: BasisKind = "zip"
-    within_budget: Share = 0.0
+    within_budget: Share = 0.3
     repeat_factor: Share = 1.0
     ridge: Positive = 0.1
     budget: float | None = None

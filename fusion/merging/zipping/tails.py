@@ -73,7 +73,7 @@ def _in_own_order(
         return matrix
     shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
     numbers = torch.arange(len(matrix)).view(shape).expand(tensor.shape).clone()
-    at = permute_tensor(numbers, key, parts).movedim(axis, 0).flatten(1)[:, 0]
+    at = permute_tensor(numbers, key, parts).movedim(axis, 0).reshape(len(matrix), -1)[:, 0]
     result = torch.empty_like(matrix)
     result[at] = matrix
     return result

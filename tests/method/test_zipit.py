@@ -1,0 +1,245 @@
+"""Zipping from end to end: copies, other orders, tails, budgets, files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import resnet
+
+import fusion
+from fusion.alignment import apply_permutation, permutation_spec, random_permutation
+from fusion.data import ClassSubset, ImageTensors
+from fusion.errors import UserError
+from fusion.export import export
+from fusion.merging.zipping import multiply_adds
+from fusion.method import GitReBasin, ZipIt
+from fusion.modelpool import BaseModelPool
+from fusion.models import CutNetwork, MultiTaskNetwork, SeparableResNet
+from fusion.training import recalibrate_batch_norm
+
+BASES = ("zip", "cca", "permutation")
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "depthwise": lambda: SeparableResNet(4, in_channels=3, width=0.2),
+    "concatenation": lambda: models.DenseNet(8, (2, 2), 8, num_classes=4),
+    "grouped": lambda: resnet.ResNet(
+        resnet.Bottleneck, [1, 1, 1, 1], num_classes=4, groups=4, width_per_group=2
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(train_digits) -> dict[str, ClassSubset]:
+    few = train_digits.select(torch.arange(300))
+    return {"a": ClassSubset(few, (0, 1, 2, 3)), "b": ClassSubset(few, (4, 5, 6, 7, 8, 9))}
+
+
+@pytest.fixture(scope="module")
+def images(train_digits) -> Tensor:
+    return torch.stack([train_digits[i][0] for i in range(300, 330)])
+
+
+@pytest.fixture
+def apart(net, data) -> BaseModelPool:
+    """Two networks of different initialisations, whose running statistics are their own."""
+    members = {"a": net(4, seed=1), "b": net(6, seed=2)}
+    for name, member in members.items():
+        recalibrate_batch_norm(member, data[name], images=200)
+    return BaseModelPool(members, train_datasets=data)
+
+
+def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+    network.eval()
+    with torch.no_grad():
+        if isinstance(network, MultiTaskNetwork):
+            return list(network.outputs(images).values())
+        return [network(images)]
+
+
+def shuffled(model: nn.Module, images: Tensor, seed: int) -> nn.Module:
+    spec = permutation_spec(model, images[:1])
+    return apply_permutation(model, spec, random_permutation(spec, seed=seed))
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("order", ["copies", "permuted copies"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_are_zipped_to_the_network(basis, order, count, net, train_digits, images) -> None:
+    network = net(10, seed=3)
+    recalibrate_batch_norm(network, train_digits, images=200)
+    members = {f"m{i}": copy.deepcopy(network) for i in range(count)}
+    if order == "permuted copies":
+        members = {
+            name: shuffled(member, images, seed)
+            for seed, (name, member) in enumerate(members.items())
+        }
+    pool = BaseModelPool(members, train_datasets={"_pretrained_": train_digits})
+    for folded in (False, True):
+        method = ZipIt(
+            basis=basis, folded=folded, batch_norm="merge", calibration_images=300, ridge=1e-6
+        )
+        (found,) = outputs(method.run(pool), images)
+        (expected,) = outputs(network, images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("basis", ["zip", "cca"])
+def test_copies_of_any_structure_are_zipped_to_the_network(family, basis) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = FAMILIES[family]().eval()
+        pictures = torch.rand(48, 3, 32, 32)
+    data = ImageTensors(pictures, torch.arange(48) % 4, class_names=list("wxyz"))
+    recalibrate_batch_norm(network, data, images=48, batch_size=48)
+    members = {"a": network, "b": shuffled(network, pictures, 1)}
+    if basis == "cca":  # what is constant on few images has no canonical direction
+        members["b"] = copy.deepcopy(network)
+    pool = BaseModelPool(members, train_datasets={"_pretrained_": data})
+    method = ZipIt(basis=basis, batch_norm="merge", calibration_images=48, batch_size=48)
+    (found,) = outputs(method.run(pool), pictures)
+    (expected,) = outputs(network, pictures)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_permutation_is_the_average_after_alignment_by_activations(apart, images) -> None:
+    options = {"batch_norm": "recalibrate", "calibration_images": 200}
+    zipped = ZipIt(basis="permutation", folded=False, **options).run(apart)
+    aligned = GitReBasin(by="activations", plot=False, **options).run(apart)
+    for one, other in zip(outputs(zipped, images), outputs(aligned, images), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_units_of_one_network_are_merged_within_the_budget_only(apart) -> None:
+    within = []
+    for budget in (0.0, 0.3):
+        method = ZipIt(within_budget=budget, calibration_images=200)
+        method.run(apart)
+        within.append(sum(group["within"] for group in method.report["zip"]["groups"]))
+        assert all(group["how"] == "zip" for group in method.report["zip"]["groups"])
+    assert within[0] == 0
+    assert within[1] > 0
+
+
+def test_redundant_units_of_one_network_are_merged_without_loss(net, data, images) -> None:
+    """Every unit inside a block stands there twice, with half of the weight behind it."""
+    network = net(4, seed=1)
+    block = network.layer1[0]
+    with torch.no_grad():
+        for tensor in (block.conv1.weight, *block.bn1.state_dict().values()):
+            if tensor.ndim:
+                half = len(tensor) // 2
+                tensor[half:] = tensor[:half]
+    recalibrate_batch_norm(network, data["a"], images=200)
+    stranger = net(6, seed=2)
+    with torch.no_grad():
+        stranger.layer1[0].conv2.weight.zero_()
+    recalibrate_batch_norm(stranger, data["b"], images=200)
+    pool = BaseModelPool({"a": network, "b": stranger}, train_datasets=data)
+    method = ZipIt(within_budget=0.5, calibration_images=200)
+    method.run(pool)
+    (record,) = [g for g in method.report["zip"]["groups"] if g["group"] == "layer1.0.conv1"]
+    assert record["within"] >= record["size"] // 2
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_tails_are_the_experts_bit_for_bit(basis, apart, images) -> None:
+    method = ZipIt(basis=basis, budget=1.7, batch_norm="recalibrate", calibration_images=200)
+    result = method.run(apart)
+    assert isinstance(result, MultiTaskNetwork)
+    first = result.networks[0]
+    assert isinstance(first, CutNetwork)
+    shared = set(first.cut.trunk)
+    assert shared
+    own = set(result.own_keys())
+    for task in result.tasks:
+        expert, found = apart.load_model(task).state_dict(), result.for_task(task).state_dict()
+        assert expert.keys() - shared <= own
+        for key in expert.keys() - shared:
+            assert torch.equal(found[key], expert[key]), key
+    for output in outputs(result, images):
+        assert output.isfinite().all()
+    # Measured anew, the statistics of the tails are the only tensors that change.
+    other = ZipIt(basis=basis, budget=1.7, calibration_images=200).run(apart)
+    for task in result.tasks:
+        parameters = dict(other.for_task(task).named_parameters())
+        expert = dict(apart.load_model(task).named_parameters())
+        for key in expert.keys() - shared:
+            assert torch.equal(parameters[key], expert[key]), key
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_the_counted_multiply_adds_keep_the_budget(basis, apart, images) -> None:
+    expert = apart.load_model("a")
+    body = multiply_adds(expert, images[:1]) - expert.linear.weight.numel()
+    for budget in (1.3, 1.8):
+        method = ZipIt(basis=basis, budget=budget, calibration_images=100)
+        result = method.run(apart)
+        heads = sum(network.linear.weight.numel() for network in result.networks)
+        counted = (multiply_adds(result.outputs, images[:1]) - heads) / body
+        assert 1 < counted <= budget
+        assert method.report["zip"]["share_of_one_network"] == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_permuted_copies_have_a_trunk_that_serves_both_tails(basis, net, data, images) -> None:
+    """Each tail reads the trunk's features in its own order."""
+    network = net(4, seed=1)
+    both = {name: data["a"] for name in ("x", "y")}
+    recalibrate_batch_norm(network, data["a"], images=100)
+    pool = BaseModelPool({"x": network, "y": shuffled(network, images, 3)}, train_datasets=both)
+    for budget in (1.2, 1.4, 1.7):
+        method = ZipIt(
+            basis=basis, budget=budget, batch_norm="merge", calibration_images=100, ridge=1e-6
+        )
+        (expected,) = outputs(network, images)
+        for found in outputs(method.run(pool), images):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 1.6}, {"budget": 1.9, "basis": "cca"}])
+def test_a_result_is_saved_loaded_and_exported(options, apart, images, tmp_path) -> None:
+    result = ZipIt(calibration_images=100, **options).run(apart)
+    apart.save_model(result, tmp_path / "merged.safetensors")
+    with pytest.raises(UserError, match="does not say which architecture"):
+        fusion.load(tmp_path / "merged.safetensors")  # members in memory have no recipe
+    from fusion.modelpool import Checkpoint
+
+    architecture = apart.load_model("a")
+    loaded = Checkpoint(tmp_path / "merged.safetensors", architecture).build()
+    expected = outputs(result, images)
+    for one, other in zip(outputs(loaded, images), expected, strict=True):
+        assert torch.equal(one, other)
+    spec = {
+        "_target_": "fusion.models.CifarResNet",
+        "depth": 8, "num_classes": 4, "in_channels": 1, "width": 0.5,
+    }  # fmt: skip
+    from fusion.modelpool.network_file import save_network
+
+    save_network(tmp_path / "told.safetensors", result, architecture=spec, head=apart.head.tensors)
+    told = fusion.load(tmp_path / "told.safetensors")
+    for one, other in zip(outputs(told, images), expected, strict=True):
+        assert torch.equal(one, other)
+    file = export(tmp_path / "told.safetensors", tmp_path / "a.safetensors", task="a")
+    (alone,) = outputs(fusion.load(file), images)
+    assert torch.equal(alone, expected[0])
+
+
+def test_mistakes_are_named(apart, net, data) -> None:
+    with pytest.raises(UserError, match="budget"):
+        ZipIt(budget=0.5)
+    with pytest.raises(UserError, match="head=union makes another"):
+        ZipIt(budget=1.5, head="union")
+    with pytest.raises(UserError, match="training images"):
+        ZipIt().run({"a": net(4, seed=1), "b": net(4, seed=2)})
+    several = BaseModelPool(
+        {"a": net(4, seed=1), "b": net(4, seed=2)},
+        train_datasets={"a": data["a"], "b": data["a"]},
+        tasks={"a": "t", "b": "t"},
+    )
+    with pytest.raises(UserError, match="the task 't' has several: a, b"):
+        ZipIt(budget=1.5).run(several)
