@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models import resnet
 
 import fusion
 from fusion.alignment import apply_permutation, permutation_spec, random_permutation
@@ -18,17 +17,69 @@ from fusion.errors import UserError
 from fusion.export import export
 from fusion.merging.zipping import multiply_adds
 from fusion.method import GitReBasin, ZipIt
-from fusion.modelpool import BaseModelPool
-from fusion.models import CutNetwork, MultiTaskNetwork, SeparableResNet
+from fusion.modelpool import BaseModelPool, Checkpoint
+from fusion.modelpool.network_file import save_network
+from fusion.models import CutNetwork, MultiTaskNetwork
 from fusion.training import recalibrate_batch_norm
 
 BASES = ("zip", "cca", "permutation")
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "depthwise": lambda: SeparableResNet(4, in_channels=3, width=0.2),
-    "concatenation": lambda: models.DenseNet(8, (2, 2), 8, num_classes=4),
-    "grouped": lambda: resnet.ResNet(
-        resnet.Bottleneck, [1, 1, 1, 1], num_classes=4, groups=4, width_per_group=2
-    ),
+
+
+class Structured(nn.Module):
+    """Sums, a concatenation, and grouped and depthwise convolutions, in ``order``."""
+
+    def __init__(self, order: tuple[str, ...]) -> None:
+        super().__init__()
+        self.order = order
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12))
+        self.parts = nn.ModuleList(getattr(self, f"_{name}")() for name in order)
+        self.head = nn.Linear(12, 4)
+
+    @staticmethod
+    def _residual() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12),
+        )  # fmt: skip
+
+    @staticmethod
+    def _grouped() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(12, 16, 1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 24, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.Conv2d(24, 12, 1), nn.BatchNorm2d(12),
+        )  # fmt: skip
+
+    @staticmethod
+    def _depthwise() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 12, 1, bias=False), nn.BatchNorm2d(12),
+        )  # fmt: skip
+
+    @staticmethod
+    def _concatenation() -> nn.Module:
+        return nn.ModuleDict({
+            "grow": nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 6, 3, padding=1)),
+            "shrink": nn.Sequential(nn.BatchNorm2d(18), nn.ReLU(), nn.Conv2d(18, 12, 1)),
+        })  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for name, part in zip(self.order, self.parts, strict=True):
+            if name == "concatenation":
+                x = part["shrink"](torch.cat([x, part["grow"](x)], 1))
+            else:
+                x = (x + part(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+STRUCTURES: dict[str, Callable[[], nn.Module]] = {
+    "depthwise": lambda: Structured(("depthwise", "residual", "depthwise")),
+    "concatenation": lambda: Structured(("concatenation", "residual", "concatenation")),
+    "grouped": lambda: Structured(("grouped", "grouped")),
+    "all": lambda: Structured(("grouped", "concatenation", "depthwise", "residual")),
+    "DenseNet": lambda: models.DenseNet(8, (2, 2), 8, num_classes=4),
 }
 
 
@@ -78,22 +129,25 @@ def test_copies_are_zipped_to_the_network(basis, order, count, net, train_digits
             for seed, (name, member) in enumerate(members.items())
         }
     pool = BaseModelPool(members, train_datasets={"_pretrained_": train_digits})
-    for folded in (False, True):
-        method = ZipIt(
-            basis=basis, folded=folded, batch_norm="merge", calibration_images=300, ridge=1e-6
-        )
-        (found,) = outputs(method.run(pool), images)
-        (expected,) = outputs(network, images)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    method = ZipIt(
+        basis=basis,
+        folded=count == 2,
+        batch_norm="merge",
+        calibration_images=300,
+        ridge=1e-6,
+    )
+    (found,) = outputs(method.run(pool), images)
+    (expected,) = outputs(network, images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("basis", ["zip", "cca"])
-def test_copies_of_any_structure_are_zipped_to_the_network(family, basis) -> None:
+def test_copies_of_any_structure_are_zipped_to_the_network(name, basis) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = FAMILIES[family]().eval()
-        pictures = torch.rand(48, 3, 32, 32)
+        network = STRUCTURES[name]().eval()
+        pictures = torch.rand(48, 3, 16, 16)
     data = ImageTensors(pictures, torch.arange(48) % 4, class_names=list("wxyz"))
     recalibrate_batch_norm(network, data, images=48, batch_size=48)
     members = {"a": network, "b": shuffled(network, pictures, 1)}
@@ -189,10 +243,10 @@ def test_the_counted_multiply_adds_keep_the_budget(basis, apart, images) -> None
 def test_permuted_copies_have_a_trunk_that_serves_both_tails(basis, net, data, images) -> None:
     """Each tail reads the trunk's features in its own order."""
     network = net(4, seed=1)
-    both = {name: data["a"] for name in ("x", "y")}
+    both = dict.fromkeys(("x", "y"), data["a"])
     recalibrate_batch_norm(network, data["a"], images=100)
     pool = BaseModelPool({"x": network, "y": shuffled(network, images, 3)}, train_datasets=both)
-    for budget in (1.2, 1.4, 1.7):
+    for budget in (1.2, 1.7):
         method = ZipIt(
             basis=basis, budget=budget, batch_norm="merge", calibration_images=100, ridge=1e-6
         )
@@ -205,10 +259,6 @@ def test_permuted_copies_have_a_trunk_that_serves_both_tails(basis, net, data, i
 def test_a_result_is_saved_loaded_and_exported(options, apart, images, tmp_path) -> None:
     result = ZipIt(calibration_images=100, **options).run(apart)
     apart.save_model(result, tmp_path / "merged.safetensors")
-    with pytest.raises(UserError, match="does not say which architecture"):
-        fusion.load(tmp_path / "merged.safetensors")  # members in memory have no recipe
-    from fusion.modelpool import Checkpoint
-
     architecture = apart.load_model("a")
     loaded = Checkpoint(tmp_path / "merged.safetensors", architecture).build()
     expected = outputs(result, images)
@@ -218,8 +268,6 @@ def test_a_result_is_saved_loaded_and_exported(options, apart, images, tmp_path)
         "_target_": "fusion.models.CifarResNet",
         "depth": 8, "num_classes": 4, "in_channels": 1, "width": 0.5,
     }  # fmt: skip
-    from fusion.modelpool.network_file import save_network
-
     save_network(tmp_path / "told.safetensors", result, architecture=spec, head=apart.head.tensors)
     told = fusion.load(tmp_path / "told.safetensors")
     for one, other in zip(outputs(told, images), expected, strict=True):
