@@ -58,7 +58,8 @@ CURVES = {
     "partial zip": "zip, beta 0.3",
     "partial permutation": "permutation (by activations)",
 }
-TASKPOOLS = {"digits_split": "digits_split", "digits_pair": "digits"}
+# pool -> task pool, and the one task that all its members know
+TASKPOOLS = {"digits_split": ("digits_split", None), "digits_pair": ("digits", "digits")}
 
 
 def main() -> None:
@@ -96,7 +97,8 @@ class Bench:
     """The members of one seed, and how what is made of them is measured."""
 
     def __init__(self, pool: str, seed: int, overrides: list[str]) -> None:
-        values = settings(pool, seed, [*overrides, f"taskpool={TASKPOOLS[pool]}"])
+        taskpool, self.of_all = TASKPOOLS[pool]
+        values = settings(pool, seed, [*overrides, f"taskpool={taskpool}"])
         self.seed = seed
         self.pool: BaseModelPool = build(values["modelpool"])
         self.tasks = build(values["taskpool"])
@@ -112,7 +114,7 @@ class Bench:
     def scores(self, network: nn.Module) -> dict[str, float]:
         """Return accuracies in percent, and multiply-adds as a multiple of one network's body."""
         found = {"joint": 0.0, "tasks": float("nan"), "cost": self.cost(network)}
-        if len(self.tasks.task_names) > 1:
+        if self.of_all is None:
             result = self.tasks.evaluate_all({"m": Contestant(lambda: network)})["m"]
             own = [result[task]["accuracy"] for task in self.tasks.task_names]
             found["joint"] = 100 * result["joint"]["accuracy"]
@@ -125,9 +127,8 @@ class Bench:
     def accuracy_of_mean(self, network: nn.Module) -> float:
         """Return the accuracy of the mean of the heads' softmax."""
         network.eval()
-        (task,) = self.tasks.task_names
         right = seen = 0
-        for images, labels in batches(self.tasks.load_dataset(task), batch_size=500):
+        for images, labels in batches(self.tasks.load_dataset(self.of_all), batch_size=500):
             scores: list[Tensor] = (
                 list(network.outputs(images).values())
                 if isinstance(network, MultiTaskNetwork)
