@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from fusion.alignment.matching import Matching
-from fusion.alignment.spec import Entry, Group, PermutationSpec
-from fusion.errors import UserError, first_line
-from fusion.weights import image_dtype, working_dtype
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_AT_ONCE = 32  # images per forward pass: all watched outputs of two networks are held for one
+from fusion.alignment.recording import AT_ONCE, Recorder, run_on, watch
+from fusion.alignment.spec import PermutationSpec
+from fusion.errors import UserError
+from fusion.weights import working_dtype
 
 
 def by_weights(
@@ -88,7 +83,12 @@ def by_activations(
         UserError: ``data`` is empty or does not fit the networks, or no module makes any units.
     """
     networks = [model.to(device) for model in models]
-    seen = [_watched(spec, model) for model in networks]
+    seen = [watch(spec, model) for model in networks]
+    if spec.groups and not all(visible.by_tensor for visible, _ in seen):
+        raise UserError(
+            "by='activations' watches the outputs of convolution and linear modules, and none of "
+            "them makes the units of a group; choose by='weights'"
+        )
     matchings = []
     pairs = [(model, watched) for model, (_, watched) in zip(networks, seen, strict=True)]
     all_tables = _correlations(pairs, reference.to(device), data, device)
@@ -101,29 +101,6 @@ def by_activations(
         weight = dict.fromkeys(tables, 1 / max(total, 1))
         matchings.append(Matching(visible, tables, eyes, weight, seed, max_sweeps))
     return matchings
-
-
-def _watched(
-    spec: PermutationSpec, model: nn.Module
-) -> tuple[PermutationSpec, dict[str, tuple[str, int]]]:
-    """Return the spec on the rows of the tables, and for each weight what `_outputs` says."""
-    outputs = _outputs(model)
-    groups = []
-    for group in spec.groups:
-        made = []
-        for entry in group.entries:
-            if entry.tensor in outputs:
-                channels = _channels(entry, group, model.get_submodule(outputs[entry.tensor][0]))
-                if channels is not None:
-                    made.append(Entry(entry.tensor, 0, channels))  # rows: the model's channels
-        groups.append(replace(group, entries=tuple(made)))
-    seen = PermutationSpec(tuple(groups), spec.shapes)
-    if spec.groups and not seen.by_tensor:
-        raise UserError(
-            "by='activations' watches the outputs of convolution and linear modules, and none of "
-            "them makes the units of a group; choose by='weights'"
-        )
-    return seen, {key: outputs[key] for key in seen.by_tensor}
 
 
 def _correlations(
@@ -144,72 +121,29 @@ def _correlations(
     everything = {key: place for _, watched in models for key, place in watched.items()}
     images = 0
     with ExitStack() as stack:
-        theirs = stack.enter_context(_Recorder(reference, everything))
+        theirs = stack.enter_context(Recorder(reference, everything))
         recorders = [
-            None if model is reference else stack.enter_context(_Recorder(model, watched))
+            None if model is reference else stack.enter_context(Recorder(model, watched))
             for model, watched in models
         ]
         batches = [data] if isinstance(data, Tensor) else data
         for batch in tqdm(batches, desc="activations", leave=False, disable=None):
             pictures = batch[0] if isinstance(batch, tuple | list) else batch
-            for x in pictures.split(_AT_ONCE):
+            for x in pictures.split(AT_ONCE):
                 images += len(x)
-                _run(reference, x.to(device))
+                run_on(reference, x.to(device))
                 expected = {key: theirs.take(key) for key in everything}
                 for (model, watched), recorder, found in zip(
                     models, recorders, moments, strict=True
                 ):
                     if recorder is not None:
-                        _run(model, x.to(device))
+                        run_on(model, x.to(device))
                     for key in watched:
                         ours = expected[key] if recorder is None else recorder.take(key)
                         found[key].add(ours, expected[key])
     if images == 0:
         raise UserError("data: no images came; activations need at least one batch")
     return [{key: moment.correlation() for key, moment in found.items()} for found in moments]
-
-
-@torch.no_grad()
-def _run(model: nn.Module, x: Tensor) -> None:
-    try:
-        model(x.to(image_dtype(model)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"data: images of shape {tuple(x.shape)} do not fit {type(model).__name__} "
-            f"({first_line(error)}); give batches as the network takes them, (N, C, H, W)"
-        ) from error
-
-
-class _Recorder:
-    """Keeps the outputs of the watched modules as (channels, samples)."""
-
-    def __init__(self, model: nn.Module, watched: Mapping[str, tuple[str, int]]) -> None:
-        self.model = model
-        self.watched = watched
-        self.kept: dict[str, list[Tensor]] = {}
-        self.handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> _Recorder:
-        for key, (name, axis) in self.watched.items():
-
-            def keep(
-                module: nn.Module, args: Any, output: Tensor, key: str = key, axis: int = axis
-            ) -> None:
-                # A copy in any case: the next operation may work in place (`ReLU(inplace=True)`).
-                rows = output.detach().movedim(axis, 0).clone(memory_format=torch.contiguous_format)
-                self.kept.setdefault(key, []).append(rows.flatten(1))
-
-            self.handles.append(self.model.get_submodule(name).register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def take(self, key: str) -> Tensor | None:
-        """Return what came since the last call; ``None`` for a module that did not run."""
-        parts = self.kept.pop(key, None)
-        return None if parts is None else torch.cat(parts, dim=1)
 
 
 class _Moments:
@@ -247,39 +181,6 @@ class _Moments:
         covariance = self.product / self.count - torch.outer(*means)
         scale = torch.outer(*spread)
         return torch.where(scale > 0, covariance / scale.clamp(min=1e-300), 0.0)
-
-
-def _outputs(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Return for each weight its module and the channel axis of the module's output."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
-            axis = -1 if isinstance(module, nn.Linear) else 1 - module.weight.ndim
-            for key, tensor in module.state_dict().items():
-                # Under a parametrization (weight norm), the tensor that it starts from.
-                if "weight" in key and tensor.shape == module.weight.shape:
-                    found[f"{name}.{key}" if name else key] = (name, axis)
-    return found
-
-
-def _channels(entry: Entry, group: Group, module: nn.Module) -> Tensor | None:
-    """Return the output channels of ``module`` that an entry on its weight stands for.
-
-    None: the entry is on the weight's inputs. A grouped transposed convolution holds its outputs
-    group by group along axis 1; its blocks are told by the inputs that move with them.
-    """
-    if not isinstance(module, TRANSPOSED):
-        return entry.positions if entry.axis == 0 else None
-    rows, width = module.in_channels // module.groups, module.out_channels // module.groups
-    if module.groups == 1:
-        return entry.positions if entry.axis == 1 else None
-    if entry.rows is not None:
-        return entry.positions + entry.rows[0] // rows * width
-    if rows == width == 1:  # depthwise
-        return entry.positions
-    if group.members:
-        return entry.positions[:, :1] // rows * width + torch.arange(width, device="cpu")
-    return None
 
 
 def _of_unit_scale(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

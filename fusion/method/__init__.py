@@ -12,6 +12,7 @@ from fusion.method.search import Search
 from fusion.method.snr_selective_merge import SNRSelectiveMerge
 from fusion.method.task_vector_cos_similarity import TaskVectorCosSimilarity
 from fusion.method.task_vector_violin_plot import TaskVectorViolinPlot
+from fusion.method.zipit import ZipIt
 
 __all__ = [
     "AdaMerging",
@@ -26,4 +27,5 @@ __all__ = [
     "Search",
     "TaskVectorCosSimilarity",
     "TaskVectorViolinPlot",
+    "ZipIt",
 ]

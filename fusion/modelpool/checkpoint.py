@@ -37,11 +37,12 @@ from fusion.modelpool.several_heads import assemble_tasks
 from fusion.modelpool.trusted import require_registered
 from fusion.modelpool.written import (
     written_architecture,
+    written_cut,
     written_head,
     written_labels,
     written_tasks,
 )
-from fusion.models import resize_head
+from fusion.models import CutNetwork, resize_head
 from fusion.options import Classes, Text, checked
 from fusion.weights import SafetensorsSource, TensorInfo, TensorSource
 
@@ -188,6 +189,12 @@ class Checkpoint(Member):
         return opened.source
 
     def _made(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
+        """Make the architecture, cut where the file says so."""
+        model = self._uncut(maker)
+        cut = written_cut(self.path) if is_safetensors(self.path) else None
+        return model if cut is None else CutNetwork(model, cut[0], dense=cut[1])
+
+    def _uncut(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
         """Make the architecture; one that the file names only within bounds."""
         architecture = self._known_architecture()
         if self._architecture is None:

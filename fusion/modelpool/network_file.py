@@ -14,13 +14,14 @@ from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
 from fusion.modelpool.fingerprint import canonical
-from fusion.models import MultiTaskNetwork
+from fusion.models import CutNetwork, MultiTaskNetwork
 from fusion.weights import is_finite, save_safetensors, tensors_of
 
 ARCHITECTURE = "architecture"  # metadata: mapping with _target_, as JSON
 HEAD = "head"  # metadata: state-dict keys whose shape may differ from the architecture's, as JSON
 LABELS = "labels"  # metadata: the classes of the outputs
 TASKS = "tasks"  # metadata: task -> its classes or null, as JSON; only of several tasks
+CUT = "cut"  # metadata: where the network is cut into trunk and tail, as JSON
 OWN = "tasks"  # first part of the key of a tensor that belongs to one task
 
 
@@ -96,6 +97,9 @@ def network_metadata(
         bare = canonical(without_pretrained_weights(architecture))
         notes[ARCHITECTURE] = json.dumps(bare, sort_keys=True)
         notes[HEAD] = json.dumps(list(head))
+    one = model.networks[0] if isinstance(model, MultiTaskNetwork) else model
+    if isinstance(one, CutNetwork):
+        notes[CUT] = json.dumps({"layer": one.cut.layer, "dense": one.dense})
     if isinstance(model, MultiTaskNetwork):
         spaces = {task: space and space.to_json() for task, space in model.labels.items()}
         notes[TASKS] = json.dumps(spaces)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
-from fusion.modelpool.network_file import ARCHITECTURE, HEAD, LABELS, TASKS
+from fusion.modelpool.network_file import ARCHITECTURE, CUT, HEAD, LABELS, TASKS
 from fusion.modelpool.trusted import require_trusted
 from fusion.weights import read_metadata
 
@@ -64,6 +64,25 @@ def written_tasks(path: Path) -> dict[str, LabelSpace | None] | None:
     if not texts or not all(isinstance(entry, str | None) for entry in texts):
         raise UserError(f"'{path}' is damaged: its {TASKS} name no tasks; write it again")
     return {task: None if text is None else _labels(text, path) for task, text in found.items()}
+
+
+def written_cut(path: Path) -> tuple[str, bool] | None:
+    """Return before which layer a file's network is cut, and whether a matrix reads features there.
+
+    Returns:
+        ``None`` for a network that is not cut.
+
+    Raises:
+        UserError: it is written in another way than this package's.
+    """
+    text = read_metadata(path).get(CUT)
+    if text is None:
+        return None
+    found = _parsed(text, path=path, what=CUT)
+    layer, dense = (found.get(k) if isinstance(found, dict) else None for k in ("layer", "dense"))
+    if not isinstance(layer, str) or not isinstance(dense, bool):
+        raise UserError(f"'{path}' is damaged: its {CUT} names no layer; write it again")
+    return layer, dense
 
 
 def _labels(text: str, path: Path) -> LabelSpace:

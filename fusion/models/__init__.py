@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fusion.models.cifar_resnet import CifarResNet
 from fusion.models.cost import Cost, cost_of
+from fusion.models.cut import CutNetwork
 from fusion.models.head import Head, find_head
 from fusion.models.head_rows import resize_head, select_rows
 from fusion.models.layers import Layer, find_layers
@@ -13,6 +14,7 @@ from fusion.models.separable_resnet import SeparableResNet
 __all__ = [
     "CifarResNet",
     "Cost",
+    "CutNetwork",
     "Head",
     "Layer",
     "MultiTaskNetwork",

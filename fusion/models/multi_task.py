@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusion.errors import UserError, suggestion
 from fusion.labels import LabelSpace
+from fusion.models.cut import CutNetwork
 from fusion.models.head_rows import resize_head
 from fusion.weights import load_tensors, tensors_of
 
@@ -123,8 +124,13 @@ class MultiTaskNetwork(nn.Module):
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """Return what the network of each task returns for ``images``.
 
-        Where tasks differ in the last linear layer alone (:meth:`own_layer`), the rest runs once.
+        What the tasks share runs once where it can: the trunk of networks that are cut
+        (:class:`CutNetwork`), and everything else where tasks differ in the last linear layer alone
+        (:meth:`own_layer`).
         """
+        if self.has_trunk():
+            values = self.networks[0].trunk(images)  # type: ignore[operator]
+            return {t: self.for_task(t).tail(values) for t in self._tasks}  # type: ignore[operator]
         layer, first = self.own_layer(), self.networks[0]
         calls: list[tuple[Tensor, Tensor]] = []
         if layer is not None:
@@ -141,6 +147,14 @@ class MultiTaskNetwork(nn.Module):
         heads = {task: self.for_task(task).get_submodule(layer) for task in self._tasks}
         own = first.get_submodule(layer)
         return {task: output if h is own else h(calls[0][0]) for task, h in heads.items()}
+
+    def has_trunk(self) -> bool:
+        """Return whether the tasks' networks are cut, and share everything before the cut."""
+        first = self.networks[0]
+        if not all(isinstance(network, CutNetwork) for network in self.networks):
+            return False
+        assert isinstance(first, CutNetwork)
+        return not set(first.cut.trunk) & set(self.own_keys())
 
     def own_layer(self) -> str | None:
         """Return the name of the linear layer that is all in which the tasks differ, if so."""

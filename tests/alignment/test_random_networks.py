@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from fusion.alignment import (
     align,
@@ -21,6 +22,10 @@ from fusion.alignment import (
     permutation_spec,
     random_permutation,
 )
+from fusion.data import ImageTensors
+from fusion.errors import UserError
+from fusion.method import ZipIt
+from fusion.modelpool import BaseModelPool
 
 Step = Callable[["RandomNetwork", list[Tensor]], Tensor]  # not a closure: networks are copied
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -552,6 +557,28 @@ def test_any_network_keeps_the_laws(seed: int, depth: int, dims: int) -> None:
 def test_the_laws_of_symmetry_often(dims: int) -> None:
     for seed in range(1000, 1500):
         check(seed, 10 + seed % 20, dims)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_copies_are_zipped_to_the_network(seed: int) -> None:
+    """Whatever a network is made of, its units are merged so that copies give its function."""
+    torch.manual_seed(seed)
+    model = RandomNetwork(seed, 8).eval()
+    images = torch.randn(16, 3, SIDES[2], SIDES[2])
+    data = ImageTensors(images, torch.arange(16) % 5, class_names=list("abcde"))
+    pool = BaseModelPool(
+        {"a": model, "b": copy.deepcopy(model)}, train_datasets={"_pretrained_": data}
+    )
+    method = ZipIt(
+        folded=seed % 2 == 0, batch_norm="merge", within_budget=0.0, calibration_images=16
+    )
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        with pytest.raises(UserError, match="is parametrized"):  # as in every merge
+            method.run(pool)
+        return
+    with torch.no_grad():
+        change = (method.run(pool).eval()(images) - model(images)).norm() / model(images).norm()
+    assert change < 1e-4, f"seed {seed}: {change:.1e}"
 
 
 def check(seed: int, depth: int, dims: int) -> None:

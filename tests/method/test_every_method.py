@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "regmean": {"statistics_images": 40},
     "fisher_merging": {"statistics_images": 8},
     "layerwise_least_squares": {"statistics_images": 40},
+    "zipit": {},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, options) for name, options in METHODS.items()},
@@ -47,13 +48,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "layerwise_least_squares",
         {"folded": False, "statistics_images": 40},
     ),
+    "zipit cca": ("zipit", {"basis": "cca"}),
 }
+# Zipped units have no running statistics in the base to keep: those of the experts are merged.
+KEPT = {"zipit": "merge", "zipit cca": "merge"}
 every = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def merge(models: object, variant: str, **options: Any) -> nn.Module:
     name, own = VARIANTS[variant]
     common = {"plot": False, "calibration_images": 60, "seed": 3}
+    common = {key: value for key, value in common.items() if key in preset(name)}
     return fusion.merge(models, name, **{**common, **own, **options})
 
 
@@ -77,7 +82,7 @@ def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def test_no_method_is_missing() -> None:
-    merging = {"git_rebasin", "snr_selective_merge", "adamerging"}
+    merging = {"git_rebasin", "snr_selective_merge", "adamerging", "zipit"}
     studying = {
         "dummy", "search", "interpolation_barrier", "benchmark_controls",
         "task_vector_cos_similarity", "task_vector_violin_plot",
@@ -93,7 +98,8 @@ def test_copies_of_the_base_are_the_base(variant, pool, data, images) -> None:
         {"_pretrained_": base, "a": copy.deepcopy(base), "b": copy.deepcopy(base)},
         train_datasets=data,
     )
-    merged = merge(copies, variant, batch_norm="pretrained", head="pretrained")
+    kept = KEPT.get(variant, "pretrained")
+    merged = merge(copies, variant, batch_norm=kept, head="pretrained")
     found = outputs(merged, images)
     for output in found:
         assert_close(output, outputs(base, images)[0], rtol=1e-3, atol=1e-3)
@@ -144,7 +150,7 @@ def test_half_precision_is_merged_in_full(variant, pool, data, images) -> None:
     """Members in float16 give, but for their own rounding, what their widened copies give."""
     halves = {name: copy.deepcopy(network).half() for name, network in pool.items()}
     wide = {name: copy.deepcopy(network).float() for name, network in halves.items()}
-    options = {"batch_norm": "pretrained"}
+    options = {"batch_norm": KEPT.get(variant, "pretrained")}
     one = merge(BaseModelPool(halves, train_datasets=data), variant, **options)
     other = merge(BaseModelPool(wide, train_datasets=data), variant, **options)
     for first, second in zip(outputs(one.float(), images), outputs(other, images), strict=True):

@@ -1,0 +1,85 @@
+"""
+One trunk, a tail for each task
+===============================
+
+Two networks trained apart on five digits each. Zipped whole they are one network; under a budget of
+multiply-adds only the first layers are merged, and each task keeps the last layers of its expert.
+Between one network and both of them lies a curve.
+"""
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import fusion
+from fusion.cli.job import register_resolvers
+from fusion.config_folder import config_folder
+from fusion.figures.style import COLORS, house_style, new_figure
+from fusion.merging.zipping import multiply_adds
+from fusion.models import MultiTaskNetwork
+from fusion.target import build
+
+register_resolvers()
+with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    config = compose("fusion_bench", overrides=["modelpool=digits_split", "taskpool=digits_split"])
+pool, tasks = (
+    build(OmegaConf.to_container(config[key], resolve=True)) for key in ("modelpool", "taskpool")
+)
+
+# %%
+# Zipped under growing budgets, and both networks side by side. The units of a network may be merged
+# with each other too: that makes room where the tasks need features of their own.
+
+budgets = (1.2, 1.4, 1.6, 1.8)
+networks = {
+    "alignment": fusion.merge(pool, "git_rebasin", by="activations"),
+    "zip": fusion.merge(pool, "zipit"),
+    **{f"zip, {budget}": fusion.merge(pool, "zipit", budget=budget) for budget in budgets},
+    "both": MultiTaskNetwork(
+        {name: pool.load_model(name) for name in pool.model_names},
+        {name: pool.labels(name) for name in pool.model_names},
+    ),
+}
+measured = {name: tasks.evaluate(network) for name, network in networks.items()}
+accuracy = {name: 100 * found["joint"]["accuracy"] for name, found in measured.items()}
+
+# %%
+# What a result costs is counted on one image. ``outputs`` runs a trunk once for all tasks. Where
+# only the heads differ, the body is that of one network.
+
+image = pool.dataset("low")[0][0][None]
+one = multiply_adds(pool.load_model("low").eval(), image)
+cost = {
+    name: multiply_adds(network.eval().outputs, image) / one
+    if name not in ("alignment", "zip")
+    else 1.0
+    for name, network in networks.items()
+}
+for name in networks:
+    print(f"{name:10s} {cost[name]:.2f} times the multiply-adds, {accuracy[name]:.1f} %")
+
+# %%
+# Each task's network reads the features that it needs out of the trunk's, and goes on as its expert
+# does.
+
+first = networks["zip, 1.4"].for_task("low")
+print(f"separate from {first.cut.layer} on; read: {[one.source for one in first.cut.crossings]}")
+
+# %%
+
+with house_style():
+    figure = new_figure(width=4.2, height=2.8)
+    axes = figure.add_subplot()
+    curve = [name for name in networks if name != "alignment"]
+    axes.plot([cost[n] for n in curve], [accuracy[n] for n in curve], "o-", color=COLORS[0])
+    axes.plot(cost["alignment"], accuracy["alignment"], "s", color=COLORS[1])
+    for name, at in (("alignment", (8, 0)), ("zip", (8, -8)), ("both", (-8, -12))):
+        axes.annotate(
+            {"zip": "zipped whole", "both": "both networks"}.get(name, name),
+            (cost[name], accuracy[name]),
+            at,
+            textcoords="offset points",
+            va="center",
+            ha="right" if name == "both" else "left",
+        )
+    axes.set_xlabel("multiply-adds, as a multiple of one network's")
+    axes.set_ylabel("accuracy over all ten digits (%)")
