@@ -26,6 +26,8 @@ REPORT = "report.json"
 FINETUNED = "finetuned.safetensors"
 CONFIG = "config.yaml"
 CARD = "README.md"  # the model card, under the name that the Hugging Face hub asks for
+LIBRARY = "fusion-cnn"
+CARD_START = f"---\nlibrary_name: {LIBRARY}\n"
 LOG = "fusion_bench.log"
 COMMAND = "command.txt"  # of a sweep, in the folder of all its jobs
 ERROR = "error.json"  # what a job of a sweep leaves that failed
@@ -83,7 +85,7 @@ class RunFolder:
             self._check_tables(tables)
         recover(self.path)
         present = _visible(self.path)
-        if CARD in present and CARD not in _files_of_run(self.path, self.report_path):
+        if CARD in present and not _is_card(self.path / CARD):
             raise UserError(
                 f"output_path: '{self.path / CARD}' is not of a run, and the run's model card "
                 f"would replace it; choose another folder"
@@ -296,10 +298,16 @@ def _move_in(ready: Path, folder: Path) -> None:
     shutil.rmtree(leftover)
 
 
-def _files_of_run(folder: Path, report: Path | None = None) -> set[str]:
-    """Return the files in ``folder`` that belong to a run, by its ``report`` (default: in it)."""
+def _is_card(path: Path) -> bool:
+    """Return whether a file begins as the model card of a run does; its report may be lost."""
+    with path.open("rb") as file:
+        return file.read(len(CARD_START)) == CARD_START.encode()
+
+
+def _files_of_run(folder: Path) -> set[str]:
+    """Return the files that the report in ``folder`` counts as its run's."""
     try:
-        files = set(json.loads((report or folder / REPORT).read_text(encoding="utf-8"))[FILES])
+        files = set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
     except (OSError, ValueError, KeyError, TypeError):
         return set()  # no run, or one of another kind: nothing of it is removed
     return {name for name in files if _is_inside(folder, name)}

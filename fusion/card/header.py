@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from fusion.evaluation import MERGED
+from fusion.run_folder import CARD_START
 
-LIBRARY = "fusion-cnn"
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 _DATASETS = {"fusion.data.cifar10": "uoft-cs/cifar10"}
 """Constructor of a data set → its name on the hub."""
@@ -25,7 +25,6 @@ def header(report: Mapping[str, Any], *, title: str, tags: list[str]) -> str:
         tags: further words to find it by.
     """
     values: dict[str, Any] = {
-        "library_name": LIBRARY,
         "pipeline_tag": "image-classification",
         "tags": list(dict.fromkeys(["merge", "cnn", *tags])),
     }
@@ -41,7 +40,7 @@ def header(report: Mapping[str, Any], *, title: str, tags: list[str]) -> str:
         values["metrics"] = ["accuracy"]
         values["model-index"] = [{"name": title, "results": results}]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    return f"---\n{text}---\n"
+    return f"{CARD_START}{text}---\n"
 
 
 def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:

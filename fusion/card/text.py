@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fusion.card.header import LIBRARY, header
+from fusion.card.header import header
 from fusion.card.loading import architecture_name, with_package, without_package
 from fusion.evaluation import MERGED, Evaluation
 from fusion.figures.accuracy_table import accuracy_rows
@@ -18,6 +18,7 @@ from fusion.labels import LabelSpace
 from fusion.method.presets import method_names, paper, summary
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.written import written_labels, written_tasks
+from fusion.run_folder import LIBRARY
 
 _CLASSES = 12  # that are named; of more, the number
 

@@ -159,10 +159,12 @@ def test_a_readme_of_somebody_is_not_replaced(tmp_path) -> None:
         RunFolder(tmp_path, overwrite=True).check()
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_card_of_an_earlier_run_is_replaced(elsewhere, peers, tmp_path) -> None:
-    more = {"report_save_path": tmp_path / "report.json"} if elsewhere else {}
+@pytest.mark.parametrize("report_is", ["there", "elsewhere", "lost"])
+def test_the_card_of_an_earlier_run_is_replaced(report_is, peers, tmp_path) -> None:
+    more = {"report_save_path": tmp_path / "kept.json"} if report_is == "elsewhere" else {}
     first = run(tmp_path / "run", BaseModelPool(peers), **more)
+    if report_is == "lost":
+        (tmp_path / "run" / "report.json").unlink()
     second = run(tmp_path / "run", BaseModelPool(peers), "slerp", overwrite=True, **more)
     assert "# simple" in first
     assert "# slerp" in second
