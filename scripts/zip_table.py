@@ -26,9 +26,8 @@ from torch import Tensor, nn
 import fusion
 from fusion.data import batches
 from fusion.figures.style import COLORS, PNG_DPI, house_style, new_figure, palette
-from fusion.merging.zipping import multiply_adds
 from fusion.modelpool import BaseModelPool
-from fusion.models import CutNetwork, MultiTaskNetwork
+from fusion.models import CutNetwork, MultiTaskNetwork, multiply_adds
 from fusion.target import build
 from fusion.taskpool import Contestant
 

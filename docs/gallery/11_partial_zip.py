@@ -14,7 +14,7 @@ import fusion
 from fusion.cli.job import register_resolvers
 from fusion.config_folder import config_folder
 from fusion.figures.style import COLORS, house_style, new_figure
-from fusion.merging.zipping import multiply_adds
+from fusion.models import multiply_adds
 from fusion.models import MultiTaskNetwork
 from fusion.target import build
 

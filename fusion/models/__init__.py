@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusion.models.cifar_resnet import CifarResNet
-from fusion.models.cost import Cost, cost_of
+from fusion.models.cost import Cost, cost_of, multiply_adds
 from fusion.models.cut import CutNetwork
 from fusion.models.head import Head, find_head
 from fusion.models.head_rows import resize_head, select_rows
@@ -22,6 +22,7 @@ __all__ = [
     "cost_of",
     "find_head",
     "find_layers",
+    "multiply_adds",
     "resize_head",
     "select_rows",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.models.layers import without_values
@@ -31,9 +31,9 @@ class Cost:
 def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
     """Return what a network costs.
 
-    A network of several tasks answers all of them: its body counts once where the tasks have
-    nothing but their heads apart, and else once for each task. Modules that merely hold networks
-    (an ensemble) cost what these cost together.
+    A network of several tasks answers all of them, and what :meth:`MultiTaskNetwork.outputs` runs
+    once counts once: a shared trunk, or a body with a linear head for each task. Modules that
+    merely hold networks (an ensemble) cost what these cost together.
 
     Args:
         model: the network, or a module with the attribute ``networks``; no value is read.
@@ -48,17 +48,24 @@ def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
     held = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
     numbers = sum(tensor.numel() for tensor in {id(t): t for t in held}.values())
     networks = getattr(model, "networks", None)
-    if not isinstance(networks, nn.ModuleList):
-        return Cost(numbers, _multiply_adds(model, shape))
-    distinct = list({id(network): network for network in networks}.values())
-    each = [_multiply_adds(network, shape) for network in distinct]
-    if isinstance(model, MultiTaskNetwork) and (layer := model.own_layer()) is not None:
-        heads = [network.get_parameter(f"{layer}.weight").numel() for network in distinct]
-        return Cost(numbers, each[0] + sum(heads[1:]))
-    return Cost(numbers, sum(each))
+    if isinstance(model, MultiTaskNetwork) or not isinstance(networks, nn.ModuleList):
+        return Cost(numbers, _of_one_image(model, shape))
+    return Cost(numbers, sum(_of_one_image(network, shape) for network in networks))
 
 
-def _multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        without_values(model).eval()(torch.zeros(1, *shape, device="meta"))
+def multiply_adds(run: Callable[..., object], *inputs: Tensor) -> int:
+    """Return the multiply-adds of a call: of convolutions and matrix products.
+
+    Args:
+        run: a network, or a method of one such as ``MultiTaskNetwork.outputs``.
+        inputs: its arguments; on the meta device nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(*inputs)
     return int(counter.get_total_flops()) // 2
+
+
+def _of_one_image(model: nn.Module, shape: Sequence[int]) -> int:
+    bare = without_values(model).eval()
+    run = bare.outputs if isinstance(bare, MultiTaskNetwork) else bare
+    return multiply_adds(run, torch.zeros(1, *shape, device="meta"))

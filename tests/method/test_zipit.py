@@ -15,11 +15,10 @@ from fusion.alignment import apply_permutation, permutation_spec, random_permuta
 from fusion.data import ClassSubset, ImageTensors
 from fusion.errors import UserError
 from fusion.export import export
-from fusion.merging.zipping import multiply_adds
 from fusion.method import GitReBasin, ZipIt
 from fusion.modelpool import BaseModelPool, Checkpoint
 from fusion.modelpool.network_file import save_network
-from fusion.models import CutNetwork, MultiTaskNetwork
+from fusion.models import CutNetwork, MultiTaskNetwork, multiply_adds
 from fusion.training import recalibrate_batch_norm
 
 BASES = ("zip", "cca", "permutation")

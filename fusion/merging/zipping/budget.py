@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fusion.errors import UserError
-from fusion.models import Head
+from fusion.models import Head, multiply_adds
 from fusion.models.cut import Cut, find_cuts, graph_of
 from fusion.models.layers import without_values
 
@@ -32,18 +31,6 @@ class Costs:
     def share(self) -> float:
         """All tasks' bodies, as a multiple of one network's."""
         return self.joint / max(self.body, 1)
-
-
-def multiply_adds(network: nn.Module, *inputs: Tensor) -> int:
-    """Return the multiply-adds of a forward pass: of convolutions and matrix products.
-
-    Args:
-        network: a network, or a function of one such as ``MultiTaskNetwork.outputs``.
-        inputs: its arguments; on the meta device nothing is computed.
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs)
-    return int(counter.get_total_flops()) // 2
 
 
 def choose_cut(
@@ -109,9 +96,9 @@ class _Counting(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node."""
         self.before[n.name] = self.total
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            value = super().run_node(n)
-        self.total += int(counter.get_total_flops()) // 2
+        results: list[Any] = []
+        self.total += multiply_adds(lambda: results.append(super(_Counting, self).run_node(n)))
+        (value,) = results
         if isinstance(value, Tensor):
             self.shapes[n.name] = value.shape
         return value

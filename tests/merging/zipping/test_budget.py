@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fusion.errors import UserError
-from fusion.merging.zipping import choose_cut, multiply_adds
-from fusion.models import CutNetwork, Head, MultiTaskNetwork, find_head
+from fusion.merging.zipping import choose_cut
+from fusion.models import CutNetwork, Head, MultiTaskNetwork, find_head, multiply_adds
 
 IMAGE = torch.zeros(1, 1, 8, 8)
 
