@@ -32,7 +32,8 @@ def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
     """Return what a network costs.
 
     A network of several tasks answers all of them: its body counts once where the tasks have
-    nothing but their heads apart, and else once for each task. Modules that merely hold networks
+    nothing but their heads apart, the trunk of networks that are cut once as well, and else the
+    body once for each task. Modules that merely hold networks
     (an ensemble) cost what these cost together.
 
     Args:
@@ -50,6 +51,8 @@ def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
     networks = getattr(model, "networks", None)
     if not isinstance(networks, nn.ModuleList):
         return Cost(numbers, _multiply_adds(model, shape))
+    if isinstance(model, MultiTaskNetwork) and model.has_trunk():
+        return Cost(numbers, _multiply_adds(model, shape))
     distinct = list({id(network): network for network in networks}.values())
     each = [_multiply_adds(network, shape) for network in distinct]
     if isinstance(model, MultiTaskNetwork) and (layer := model.own_layer()) is not None:
@@ -60,5 +63,7 @@ def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
 
 def _multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        without_values(model).eval()(torch.zeros(1, *shape, device="meta"))
+        bare = without_values(model).eval()
+        run = bare.outputs if isinstance(bare, MultiTaskNetwork) else bare
+        run(torch.zeros(1, *shape, device="meta"))
     return int(counter.get_total_flops()) // 2

@@ -1,7 +1,7 @@
 """Zipping: experts merged in a common basis of their features, whole or up to a cut."""
 
 from fusion.merging.zipping.basis import Basis, canonical, merged_variance, of_clusters
-from fusion.merging.zipping.budget import Costs, choose_cut, multiply_adds
+from fusion.merging.zipping.budget import Costs, choose_cut
 from fusion.merging.zipping.clusters import greedy_clusters
 from fusion.merging.zipping.groups import BasisKind, GroupRecord
 from fusion.merging.zipping.stage import Zipped, ZipStage
@@ -17,6 +17,5 @@ __all__ = [
     "choose_cut",
     "greedy_clusters",
     "merged_variance",
-    "multiply_adds",
     "of_clusters",
 ]

@@ -34,18 +34,6 @@ class Costs:
         return self.joint / max(self.body, 1)
 
 
-def multiply_adds(network: nn.Module, *inputs: Tensor) -> int:
-    """Return the multiply-adds of a forward pass: of convolutions and matrix products.
-
-    Args:
-        network: a network, or a function of one such as ``MultiTaskNetwork.outputs``.
-        inputs: its arguments; on the meta device nothing is computed.
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs)
-    return int(counter.get_total_flops()) // 2
-
-
 def choose_cut(
     model: nn.Module,
     head: Head,
