@@ -27,7 +27,7 @@ import fusion
 from fusion.data import batches
 from fusion.figures.style import COLORS, PNG_DPI, house_style, new_figure, palette
 from fusion.modelpool import BaseModelPool
-from fusion.models import CutNetwork, MultiTaskNetwork, multiply_adds
+from fusion.models import MultiTaskNetwork, cost_of
 from fusion.target import build
 from fusion.taskpool import Contestant
 
@@ -140,18 +140,12 @@ class Bench:
 
     def cost(self, network: nn.Module) -> float:
         """Return the multiply-adds of all bodies; heads are left out."""
-        image = self.pool.dataset(self.pool.model_names[0])[0][0][None]
-        one = self.pool.load_model(self.pool.model_names[0]).eval()
-        head = one.linear.weight.numel()
-        body = multiply_adds(one, image) - head
-        if not isinstance(network, MultiTaskNetwork):
-            return 1.0
-        trunk = isinstance(network.networks[0], CutNetwork)
-        apart = network.networks[0].conv1 is not network.networks[1].conv1
-        if not trunk and not apart:
-            return 1.0  # the body is the same for all heads
-        heads = sum(part.linear.weight.numel() for part in network.networks)
-        return (multiply_adds(network.eval().outputs, image) - heads) / body
+        shape = self.pool.dataset(self.pool.model_names[0])[0][0].shape
+        one = self.pool.load_model(self.pool.model_names[0])
+        body = cost_of(one, shape).multiply_adds - one.linear.weight.numel()
+        parts = network.networks if isinstance(network, MultiTaskNetwork) else [network]
+        heads = sum(part.linear.weight.numel() for part in parts)
+        return (cost_of(network, shape).multiply_adds - heads) / body
 
 
 def markdown(runs: pd.DataFrame) -> str:

@@ -18,7 +18,7 @@ from fusion.export import export
 from fusion.method import GitReBasin, ZipIt
 from fusion.modelpool import BaseModelPool, Checkpoint
 from fusion.modelpool.network_file import save_network
-from fusion.models import CutNetwork, MultiTaskNetwork, multiply_adds
+from fusion.models import CutNetwork, MultiTaskNetwork, cost_of
 from fusion.training import recalibrate_batch_norm
 
 BASES = ("zip", "cca", "permutation")
@@ -226,11 +226,11 @@ def test_tails_that_are_measured_anew_keep_their_parameters(apart) -> None:
 @pytest.mark.parametrize(("basis", "budget"), [("zip", 1.3), ("zip", 1.8), ("cca", 1.8)])
 def test_the_counted_multiply_adds_keep_the_budget(basis, budget, apart, images) -> None:
     expert = apart.load_model("a")
-    body = multiply_adds(expert, images[:1]) - expert.linear.weight.numel()
+    body = cost_of(expert, images.shape[1:]).multiply_adds - expert.linear.weight.numel()
     method = ZipIt(basis=basis, budget=budget, batch_norm="merge", calibration_images=50)
     result = method.run(apart)
     heads = sum(network.linear.weight.numel() for network in result.networks)
-    counted = (multiply_adds(result.outputs, images[:1]) - heads) / body
+    counted = (cost_of(result, images.shape[1:]).multiply_adds - heads) / body
     assert 1 < counted <= budget
     assert method.report["zip"]["share_of_one_network"] == pytest.approx(counted)
 

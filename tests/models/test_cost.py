@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fusion.labels import LabelSpace
-from fusion.models import CifarResNet, MultiTaskNetwork, cost_of
+from fusion.models import CifarResNet, CutNetwork, MultiTaskNetwork, cost_of
 from fusion.taskpool import Ensemble
 from fusion.weights import tensors_of
 
@@ -60,3 +60,14 @@ def test_no_value_is_read_and_the_network_stays_as_it_is() -> None:
     cost_of(model, SHAPE)
     assert model.training
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_the_trunk_of_networks_that_are_cut_is_counted_once() -> None:
+    network = CifarResNet(8)
+    one, head = cost_of(network, SHAPE), 64 * 10
+    cut = CutNetwork(network, "layer3.0.conv1")
+    state = tensors_of(cut)
+    tail = {key: tensor for key, tensor in state.items() if key not in cut.cut.trunk}
+    both = cost_of(MultiTaskNetwork.assemble(cut, {"a": tail, "b": {**tail}}), SHAPE)
+    behind = 4 * 4 * 9 * (32 * 64 + 64 * 64) + head
+    assert both.multiply_adds == one.multiply_adds + behind

@@ -7,9 +7,10 @@ import torch
 
 from fusion.errors import UserError
 from fusion.merging.zipping import choose_cut
-from fusion.models import CutNetwork, Head, MultiTaskNetwork, find_head, multiply_adds
+from fusion.models import CutNetwork, Head, MultiTaskNetwork, cost_of, find_head
 
-IMAGE = torch.zeros(1, 1, 8, 8)
+SHAPE = (1, 8, 8)
+IMAGE = torch.zeros(1, *SHAPE)
 
 
 def joint(network, cut, tasks: int, *, dense: bool) -> int:
@@ -18,13 +19,13 @@ def joint(network, cut, tasks: int, *, dense: bool) -> int:
     state = made.state_dict()
     own = {f"t{i}": {k: v for k, v in state.items() if k not in cut.trunk} for i in range(tasks)}
     head = network.linear.weight.numel()
-    return multiply_adds(MultiTaskNetwork.assemble(made, own).outputs, IMAGE) - tasks * head
+    return cost_of(MultiTaskNetwork.assemble(made, own), SHAPE).multiply_adds - tasks * head
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("tasks", [2, 3])
 def test_the_counted_multiply_adds_are_those_that_were_chosen(base, tasks, dense) -> None:
-    body = multiply_adds(base, IMAGE) - base.linear.weight.numel()
+    body = cost_of(base, SHAPE).multiply_adds - base.linear.weight.numel()
     shares = []
     for budget in (1.15, 1.3, 1.6, 1.9, tasks + 1.0):
         cut, costs = choose_cut(
