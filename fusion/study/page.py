@@ -17,7 +17,7 @@ from fusion.study.drawing import Drawing
 from fusion.study.findings import findings
 from fusion.study.markdown import Line, lines, shown_columns
 from fusion.study.naming import fixed_options
-from fusion.study.runs import FINISHED, Run, troubles
+from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run, troubles
 
 TITLE = "How many layers to merge, which, how – and what it saves"
 QUESTION = (
@@ -62,7 +62,7 @@ def page(
 
 def _trouble(runs: Sequence[Run]) -> str:
     """Return what failed or was cut off, so that nobody reads the rest as complete."""
-    missing = sum(run.status != FINISHED for run in runs)
+    missing = sum(run.status in (FAILED, UNFINISHED) for run in runs)
     if not missing:
         return ""
     items = "".join(f"<li>{escape(text)}</li>" for text in troubles(runs))
