@@ -10,13 +10,15 @@ import pandas as pd
 
 from fusion.study.benchmark.comparison import (
     SIMPLE_AVERAGE,
-    TASK_ARITHMETIC,
+    against_simple_average,
+    against_task_arithmetic,
     at_its_best,
     compare,
     control,
     one_per_seed,
     shared_block,
     simple_average,
+    task_arithmetic,
     under,
 )
 from fusion.study.benchmark.statistics import (
@@ -30,7 +32,6 @@ from fusion.study.benchmark.statistics import (
     standard_error,
 )
 from fusion.study.benchmark.table import (
-    CHOSEN,
     DEFAULTS,
     JOINT,
     MERGED_STATISTICS,
@@ -115,25 +116,32 @@ def answers(measured: Measured) -> list[Answer]:
 
 
 def _against_task_arithmetic(measured: Measured) -> Iterator[str]:
-    best = at_its_best(measured)
-    reference = best[(best["method"] == TASK_ARITHMETIC) & (best["track"] == CHOSEN)]
-    others = best[best["method"] != TASK_ARITHMETIC]
-    yield from _against(others, reference, "chosen task arithmetic", measured.tasks)
+    table, reference = against_task_arithmetic(measured), task_arithmetic(measured)
+    yield from _against(table, reference, "chosen task arithmetic")
 
 
 def _against_simple_average(measured: Measured) -> Iterator[str]:
-    best = at_its_best(measured)
-    others = best[best["method"] != SIMPLE_AVERAGE]
-    yield from _against(others, simple_average(measured), "the simple average", measured.tasks)
+    table, reference = against_simple_average(measured), simple_average(measured)
+    yield from _against(table, reference, "the simple average")
 
 
-def _against(
-    others: pd.DataFrame, reference: pd.DataFrame, name: str, tasks: pd.DataFrame
-) -> Iterator[str]:
-    table = compare(others, reference, tasks=tasks)
+def _against(table: pd.DataFrame, reference: pd.DataFrame, name: str) -> Iterator[str]:
+    if table["setting"].nunique() > 1:
+        yield _tally(table, name)
     for setting, rows in table.groupby("setting", sort=False):
         levels = one_per_seed(reference[reference["setting"] == setting])
         yield f"{setting} ({name}: {_level(levels)}): {_by_verdict(rows)}.{_test_images(rows)}"
+
+
+def _tally(table: pd.DataFrame, name: str) -> str:
+    """Return in how many settings each method is better, equivalent, worse and undecided."""
+    kinds = (BETTER, EQUIVALENT, WORSE, UNDECIDED)
+    counts = table.groupby(["name", "verdict"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=kinds, fill_value=0)
+    counts = counts.sort_values([BETTER, EQUIVALENT, WORSE], ascending=[False, False, True])
+    told = [f"{method} {' / '.join(str(n) for n in row)}" for method, *row in counts.itertuples()]
+    settings = table["setting"].nunique()
+    return f"Over {settings} settings, against {name}, {' / '.join(kinds)}: {', '.join(told)}."
 
 
 def _variants(measured: Measured, prefix: str, methods: Sequence[str]) -> Iterator[str]:
@@ -155,42 +163,44 @@ def _of_the_head(measured: Measured) -> Iterator[str]:
         ("score", control(measured, _JOINT_TRAINING), "joint training", 1.0),
         (JOINT, control(measured, _ENSEMBLE), "the ensemble, on the joint question", 100.0),
     )
+    keys = ["setting", "method", "seed"]
     for column, ceilings, name, scale in questions:
-        top = scale * one_per_seed(ceilings, column)
-        for setting in measured.settings:
-            closed: dict[str, tuple[float, float, float, float]] = {}
-            for method in heads.loc[heads["setting"] == setting, "method"].unique():
-                low, high = (
-                    scale * one_per_seed(rows[rows["method"] == method], column)
-                    for rows in (merges, heads)
-                )
-                table = pd.DataFrame({"low": low, "high": high, "top": top}).dropna()
-                if setting in table.index:
-                    mean = table.loc[[setting]].mean()
-                    gap = mean["top"] - mean["low"]
-                    share = (mean["high"] - mean["low"]) / gap if gap >= _SMALL_GAP else math.nan
-                    closed[str(method)] = (mean["low"], mean["high"], mean["top"], share)
-            if closed:
-                yield _head_sentence(setting, name, closed)
+        top: pd.Series[float] = scale * one_per_seed(ceilings, column)
+        levels = pd.DataFrame(
+            {
+                "low": scale * merges.groupby(keys, sort=False)[column].mean(),
+                "high": scale * heads.groupby(keys, sort=False)[column].mean(),
+            }
+        )
+        table = levels.join(top.to_frame("top"), on=["setting", "seed"]).dropna()
+        means = table.groupby(["setting", "method"], sort=False).mean()
+        gap = means["top"] - means["low"]
+        means["share"] = ((means["high"] - means["low"]) / gap).where(gap >= _SMALL_GAP)
+        for setting, rows in means.groupby("setting", sort=False):
+            yield _head_sentence(str(setting), name, rows.droplevel("setting"))
 
 
-def _head_sentence(
-    setting: str, name: str, closed: dict[str, tuple[float, float, float, float]]
-) -> str:
-    shares = {method: found[3] for method, found in closed.items() if not math.isnan(found[3])}
-    if not shares:
+def _head_sentence(setting: str, name: str, means: pd.DataFrame) -> str:
+    """Return the sentence on one setting.
+
+    Args:
+        setting: its name.
+        name: of what the head comes closer to.
+        means: per method ``low``, ``high``, ``top`` and the ``share`` of the gap, if there is one.
+    """
+    shares = means["share"].dropna().sort_values()
+    if shares.empty:
         return f"{setting}, towards {name}: no merge is {_SMALL_GAP:g} point below it, no gap."
-    first = SIMPLE_AVERAGE if SIMPLE_AVERAGE in shares else min(shares)
-    low, high, top, share = closed[first]
+    first = SIMPLE_AVERAGE if SIMPLE_AVERAGE in shares.index else str(shares.index[0])
+    low, high, top, share = means.loc[first, ["low", "high", "top", "share"]].tolist()
     text = (
         f"{setting}, towards {name} ({top:.1f}): {first} goes from {low:.1f} to {high:.1f}, "
         f"{percent(share)} of the gap"
     )
     if len(shares) > 1:
-        least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
         text += (
-            f"; over {len(shares)} methods {percent(shares[least])} ({least}) to "
-            f"{percent(shares[most])} ({most})"
+            f"; over {len(shares)} methods {percent(shares.iloc[0])} ({shares.index[0]}) to "
+            f"{percent(shares.iloc[-1])} ({shares.index[-1]})"
         )
     return f"{text}."
 

@@ -22,6 +22,7 @@ from fusion.study.benchmark.table import (
 )
 
 TASK_ARITHMETIC, SIMPLE_AVERAGE = "task_arithmetic", "simple_average"
+_MEASURED = ("accuracy", "expert", "images")
 COLUMNS = (
     "setting", "name", "pairs", "mean", "error", "p", "p_holm", "p_equivalence",
     "p_equivalence_holm", "verdict", "test_least", "test_largest",
@@ -147,22 +148,49 @@ class _Accuracies:
     """Mean accuracies per task of conditions and of the reference, for the test error."""
 
     def __init__(self, tasks: pd.DataFrame, reference: pd.DataFrame) -> None:
-        self._tasks = tasks.set_index(["run", "condition"]).sort_index()
+        self._tasks: dict[tuple[str, str], list[tuple[str, float, float, float]]] = {}
+        columns = [tasks[name] for name in ("run", "condition", "task", *_MEASURED)]
+        for run, condition, *row in zip(*columns, strict=True):
+            self._tasks.setdefault((run, condition), []).append(tuple(row))
         self._reference = {
-            str(setting): self._means(group) for setting, group in reference.groupby("setting")
+            str(setting): self._means(group)[0] for setting, group in reference.groupby("setting")
         }
 
     def bounds(self, group: pd.DataFrame, setting: str) -> tuple[float, float]:
         if setting not in self._reference:
             return np.nan, np.nan
-        first, expert, images = self._means(group)
-        return score_error_bounds(first, self._reference[setting][0], expert, images)
+        accuracy, expert, images = self._means(group)
+        return score_error_bounds(accuracy, self._reference[setting], expert, images)
 
-    def _means(self, group: pd.DataFrame) -> tuple[dict[str, float], ...]:
-        keys = pd.MultiIndex.from_frame(group[["run", "condition"]])
-        means = self._tasks.loc[self._tasks.index.isin(keys)].groupby("task")
-        table = means[["accuracy", "expert", "images"]].mean().dropna()
-        return tuple(dict(zip(table.index, table[column], strict=True)) for column in table)
+    def _means(self, group: pd.DataFrame) -> list[dict[str, float]]:
+        """Return task → mean accuracy, its expert's, and number of images; of complete tasks."""
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for key in zip(group["run"], group["condition"], strict=True):
+            for task, *numbers in self._tasks.get(key, ()):
+                found.setdefault(task, []).append(tuple(numbers))
+        means = {task: np.mean(numbers, axis=0).tolist() for task, numbers in found.items()}
+        means = {task: row for task, row in means.items() if not np.isnan(row).any()}
+        return [{task: row[i] for task, row in means.items()} for i in range(len(_MEASURED))]
+
+
+def task_arithmetic(measured: Measured) -> pd.DataFrame:
+    """Return a row per setting and seed: task arithmetic, chosen and recalibrated."""
+    rows = under(measured.methods, RECALIBRATE, CHOSEN)
+    return rows[rows["method"] == TASK_ARITHMETIC]
+
+
+def against_task_arithmetic(measured: Measured) -> pd.DataFrame:
+    """Return how every method at its best differs from chosen task arithmetic."""
+    best = at_its_best(measured)
+    others = best[best["method"] != TASK_ARITHMETIC]
+    return compare(others, task_arithmetic(measured), tasks=measured.tasks)
+
+
+def against_simple_average(measured: Measured) -> pd.DataFrame:
+    """Return how every method at its best differs from the simple average."""
+    best = at_its_best(measured)
+    others = best[best["method"] != SIMPLE_AVERAGE]
+    return compare(others, simple_average(measured), tasks=measured.tasks)
 
 
 def shared_block(rows: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fusion.study.benchmark.answers import Answer
-from fusion.study.benchmark.comparison import TASK_ARITHMETIC, at_its_best, compare, under
+from fusion.study.benchmark.comparison import against_task_arithmetic, at_its_best, under
 from fusion.study.benchmark.table import (
     CHOSEN,
     DEFAULTS,
@@ -44,8 +44,11 @@ def markdown(measured: Measured, answers: Sequence[Answer]) -> str:
         parts.append(f"**{answer.name}. {answer.question}**\n")
         parts.append("\n".join(f"- {sentence}" for sentence in answer.sentences) + "\n")
     parts.append(f"{LEGEND}\n")
+    best, against = at_its_best(measured), against_task_arithmetic(measured)
     for setting in measured.settings:
-        parts.append(f"## {setting}\n\n{_methods(measured, setting)}")
+        compared = against[against["setting"] == setting].set_index("name")
+        rows = best[best["setting"] == setting]
+        parts.append(f"## {setting}\n\n{_methods(measured, setting, rows, compared)}")
         if controls := _controls(measured, setting):
             parts.append(controls)
     return "\n".join(parts)
@@ -62,7 +65,8 @@ def ordered(methods: pd.DataFrame) -> list[str]:
     return sorted(keys, key=keys.__getitem__)
 
 
-def _methods(measured: Measured, setting: str) -> str:
+def _methods(measured: Measured, setting: str, best: pd.DataFrame, against: pd.DataFrame) -> str:
+    """Return a row per method, with its differences from task arithmetic (``against``)."""
     here = measured.methods[measured.methods["setting"] == setting]
     if here.empty:
         return ""
@@ -71,10 +75,6 @@ def _methods(measured: Measured, setting: str) -> str:
         for title, track, treatment in _SCORES
         if not (rows := under(here, treatment, track)).empty
     ]
-    best = at_its_best(measured)
-    best = best[best["setting"] == setting]
-    reference = best[(best["method"] == TASK_ARITHMETIC) & (best["track"] == CHOSEN)]
-    against = compare(best[best["method"] != TASK_ARITHMETIC], reference).set_index("name")
     head = ["method", "needs", *(title for title, _ in columns), "worst task", "joint",
             "against task arithmetic"]  # fmt: skip
     lines = [head, ["---", "---", *["---:"] * (len(head) - 3), "---"]]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from fusion.study.benchmark.statistics import (
     binomial_error,
@@ -56,6 +57,11 @@ def test_without_spread_nothing_is_claimed_of_the_spread() -> None:
     assert math.isnan(steady.p_equivalence)
     equal = paired_difference([2.0, 3.0], [2.0, 3.0])
     assert (equal.p, equal.p_equivalence) == (1.0, 0.0)
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    p = np.random.default_rng(0).random(20) ** 4
+    assert holm(p.tolist()) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-15)
 
 
 def test_holm_by_hand_and_missing_ones_do_not_count() -> None:
