@@ -17,7 +17,15 @@ from fusion.study.drawing import Drawing
 from fusion.study.findings import findings
 from fusion.study.markdown import Line, lines, shown_columns
 from fusion.study.naming import fixed_options
-from fusion.study.runs import FINISHED, Run, troubles
+from fusion.study.runs import (
+    FAILED,
+    FINISHED,
+    NOT_APPLICABLE,
+    UNFINISHED,
+    Run,
+    not_applicable,
+    troubles,
+)
 
 TITLE = "How many layers to merge, which, how – and what it saves"
 QUESTION = (
@@ -41,35 +49,50 @@ def page(
         drawings: the figures.
         command: what reproduces the study.
     """
-    template = files("fusion.study").joinpath("page.html").read_text(encoding="utf-8")
     heads = ["merge", "trained", *(column.title for column in shown_columns(strategies)), "note"]
-    return string.Template(template).substitute(
+    return string.Template(part("page.html")).substitute(
+        style=part("page.css"),
+        script=part("sort.js"),
         title=escape(TITLE),
         question=escape(QUESTION),
-        trouble=_trouble(runs),
+        trouble=trouble_element(runs),
         findings="\n".join(f"<li>{escape(sentence)}</li>" for sentence in findings(strategies)),
         setting="\n".join(
             f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
             for name, value in _setting(runs, strategies).items()
         ),
         legend=escape(_legend(strategies)),
-        heads="".join(_head(title, words=i in (0, 1)) for i, title in enumerate(heads)),
+        heads="".join(head_element(title, words=i in (0, 1)) for i, title in enumerate(heads)),
         rows="\n".join(_row(line) for line in lines(strategies)),
-        figures="\n".join(_figure(drawing) for drawing in drawings),
+        figures="\n".join(figure_element(drawing) for drawing in drawings),
         command=escape(command),
     )
 
 
-def _trouble(runs: Sequence[Run]) -> str:
-    """Return what failed or was cut off, so that nobody reads the rest as complete."""
-    missing = sum(run.status != FINISHED for run in runs)
-    if not missing:
-        return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in troubles(runs))
-    return (
-        f'<div class="failed"><p>Missing below, of {len(runs)} runs: {missing}.</p>'
-        f"<ul>{items}</ul></div>"
-    )
+def part(name: str) -> str:
+    """Return the text of a template, style or script of this room."""
+    return files("fusion.study").joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def trouble_element(runs: Sequence[Run]) -> str:
+    """Return what failed or was cut off, so that nobody reads the rest as complete.
+
+    Methods that do not apply to a pool are told apart from it.
+    """
+    told = ""
+    missing = sum(run.status in (FAILED, UNFINISHED) for run in runs)
+    if missing:
+        text = f"Missing below, of {len(runs)} runs: {missing}."
+        told += f'<div class="failed"><p>{text}</p><ul>{_items(troubles(runs))}</ul></div>'
+    if reasons := not_applicable(runs):
+        number = sum(run.status == NOT_APPLICABLE for run in runs)
+        text = f"Not applicable, of {len(runs)} runs: {number}."
+        told += f"<details><summary>{text}</summary><ul>{_items(reasons)}</ul></details>"
+    return told
+
+
+def _items(texts: Iterable[str]) -> str:
+    return "".join(f"<li>{escape(text)}</li>" for text in texts)
 
 
 def _setting(runs: Sequence[Run], strategies: pd.DataFrame) -> dict[str, str]:
@@ -130,7 +153,8 @@ def _legend(strategies: pd.DataFrame) -> str:
     return text
 
 
-def _head(title: str, *, words: bool) -> str:
+def head_element(title: str, *, words: bool) -> str:
+    """Return a heading of the table that sorts by its column."""
     kind = ' class="words"' if words or title == "note" else ""
     return f'<th scope="col"{kind}><button type="button">{escape(title)}</button></th>'
 
@@ -149,7 +173,8 @@ def _row(line: Line) -> str:
     return f"<tr{kind}>{''.join(cells)}</tr>"
 
 
-def _figure(drawing: Drawing) -> str:
+def figure_element(drawing: Drawing) -> str:
+    """Return a drawing with its caption as HTML."""
     title, caption = escape(drawing.title), escape(drawing.caption)
     return (
         f'<figure role="img" aria-label="{title}">{svg(drawing.figure, drawing.stem)}'

@@ -1,15 +1,15 @@
-"""The runs below a folder: those that finished, failed, or were cut off."""
+"""The runs below a folder: those that finished, failed, did not apply, or were cut off."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion.annotations import misfit
-from fusion.errors import UserError
+from fusion.errors import NotApplicableError, UserError
 from fusion.run_folder import ERROR, READY, REPORT, WORKING, recover
 from fusion.run_folder import UNFINISHED as LEFT
 
@@ -28,6 +28,7 @@ _SHAPE: dict[str, Any] = {
     "choices.method": _Plain,
     "choices.modelpool": _Plain,
     "choices.taskpool": _Plain,
+    "choices.setting": _Plain,
     "choices.overrides": Sequence[str],
     "evaluation": Mapping[str, Mapping[str, Mapping[str, _Metric]]],
     "seconds": Mapping[str, _Figure],
@@ -44,9 +45,14 @@ _SHAPE: dict[str, Any] = {
     "algorithm.batch_norm": _Plain,
     "algorithm.candidate_layers": _Figure,
     "algorithm.consistency": Mapping[str, Mapping[str, Any]],
+    "algorithm.benchmarked": str,
+    "algorithm.needs": Sequence[str],
+    "algorithm.conditions": Mapping[str, Mapping[str, Any]],
+    "experts": Mapping[str, str],
 }
 _ABSENT = object()
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
+NOT_APPLICABLE = "not applicable"  # a method that the pool is no case for: no failure
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ class Run:
 
     Attributes:
         name: the folder, relative to the one that was searched.
-        status: ``finished``, ``failed`` or ``unfinished``.
+        status: ``finished``, ``failed``, ``not applicable`` or ``unfinished``.
         report: its report; empty unless finished.
-        error: why it failed, in a sentence.
+        error: why it failed or does not apply, in a sentence.
         job: its number in the sweep, where it is known.
     """
 
@@ -89,10 +95,18 @@ def read_runs(folder: str | Path) -> list[Run]:
 
 def troubles(runs: Sequence[Run]) -> list[str]:
     """Return what failed or was cut off, one sentence for all that failed for one reason."""
+    return _by_reason(run for run in runs if run.status in (FAILED, UNFINISHED))
+
+
+def not_applicable(runs: Sequence[Run]) -> list[str]:
+    """Return which methods a pool was no case for, one sentence for each reason."""
+    return _by_reason(run for run in runs if run.status == NOT_APPLICABLE)
+
+
+def _by_reason(runs: Iterable[Run]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for run in runs:
-        if run.status != FINISHED:
-            reasons.setdefault(run.error or "not finished", []).append(run.name)
+        reasons.setdefault(run.error or "not finished", []).append(run.name)
     found = []
     for reason, names in reasons.items():
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
@@ -112,6 +126,8 @@ def _read(place: Path, name: str) -> Run:
         return Run(name, FINISHED, report, job=report.get("choices", {}).get("job"))
     if (place / ERROR).is_file():
         error = _json(place / ERROR)
+        if error.get("kind") == NotApplicableError.__name__:
+            return Run(name, NOT_APPLICABLE, {}, str(error.get("message", "")), error.get("job"))
         told = f"{error.get('kind', '')}: {error.get('message', '')}"
         return Run(name, FAILED, {}, told, job=error.get("job"))
     return Run(name, UNFINISHED, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,21 @@ from pathlib import Path
 from fusion.figures.style import save_figure
 from fusion.files import write_text
 from fusion.run_folder import COMMAND
+from fusion.study.benchmark.report import report as benchmark_report
+from fusion.study.benchmark.table import is_benchmark
 from fusion.study.drawing import drawings
 from fusion.study.markdown import markdown_table
 from fusion.study.page import page
-from fusion.study.runs import FAILED, FINISHED, UNFINISHED, Run, read_runs, troubles
+from fusion.study.runs import (
+    FAILED,
+    FINISHED,
+    NOT_APPLICABLE,
+    UNFINISHED,
+    Run,
+    not_applicable,
+    read_runs,
+    troubles,
+)
 from fusion.study.table import run_table, strategy_table
 
 TABLE, PAGE, MARKDOWN = "study.csv", "index.html", "study.md"
@@ -40,6 +52,9 @@ class Summary:
 def summarise(folder: str | Path) -> Summary:
     """Write ``study.csv``, ``study.md``, the figures and ``index.html`` into a sweep's folder.
 
+    A sweep that holds runs of the benchmark has ``benchmark.csv`` and ``benchmark.md`` instead, and
+    figures and a page of its own.
+
     Everything comes from the reports of the runs below it; so it can be done at any time, while
     the sweep still runs or long after.
 
@@ -48,14 +63,29 @@ def summarise(folder: str | Path) -> Summary:
     """
     folder = Path(folder)
     runs = read_runs(folder)
+    if is_benchmark(runs):
+        told, files = benchmark_report(folder, runs, command=_command(folder, runs))
+        text = [_counts(runs), told]
+    else:
+        text, files = _study(folder, runs)
+    text += [f"not applicable: {reason}" for reason in not_applicable(runs)]
+    text += [f"missing: {trouble}" for trouble in troubles(runs)]
+    outside = [file.name for file in files if file.parent == folder]
+    figures = any(file.parent != folder for file in files)
+    drawn_in = f" and the figures in {FIGURES}/" if figures else ""
+    text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")
+    failed = tuple(run.name for run in runs if run.status == FAILED)
+    unfinished = tuple(run.name for run in runs if run.status == UNFINISHED)
+    return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)
+
+
+def _study(folder: Path, runs: Sequence[Run]) -> tuple[list[str], list[Path]]:
+    """Write what any sweep is summarised by; return what to say, and the files."""
     table = run_table(runs)
     files = [folder / TABLE]
     write_text(folder / TABLE, table.to_csv(index=False))
-    failed = tuple(run.name for run in runs if run.status == FAILED)
-    unfinished = tuple(run.name for run in runs if run.status == UNFINISHED)
-    finished = sum(run.status == FINISHED for run in runs)
-    text = [f"{finished} of {len(runs)} runs finished"]
-    if finished:
+    text = [_counts(runs)]
+    if any(run.status == FINISHED for run in runs):
         strategies = strategy_table(table)
         told = markdown_table(strategies)
         write_text(folder / MARKDOWN, told)
@@ -67,12 +97,13 @@ def summarise(folder: str | Path) -> Summary:
         told = page(runs, strategies, drawn, command=_command(folder, runs))
         write_text(folder / PAGE, told)
         files.append(folder / PAGE)
-    text += [f"missing: {trouble}" for trouble in troubles(runs)]
-    outside = [file.name for file in files if file.parent == folder]
-    figures = any(file.parent != folder for file in files)
-    drawn_in = f" and the figures in {FIGURES}/" if figures else ""
-    text.append(f"Saved in {folder}: {', '.join(outside)}{drawn_in}")
-    return Summary("\n".join(text) + "\n", tuple(files), failed, unfinished)
+    return text, files
+
+
+def _counts(runs: Sequence[Run]) -> str:
+    count = Counter(run.status for run in runs)
+    text = f"{count[FINISHED]} of {len(runs)} runs finished"
+    return text + (f", {count[NOT_APPLICABLE]} not applicable" if count[NOT_APPLICABLE] else "")
 
 
 def _command(folder: Path, runs: Sequence[Run]) -> str:
