@@ -198,14 +198,14 @@ def test_forth_and_back_is_nothing(pair: Pair, images: Tensor, by: str) -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Count the images of each forward pass of alignment, by the first weight of the network."""
     images: dict[str, int] = {}
-    run = agreement._run
+    run = agreement.run_on
 
     def counted(model: nn.Module, x: Tensor) -> None:
         key = fingerprint(model)
         images[key] = images.get(key, 0) + len(x)
         run(model, x)
 
-    monkeypatch.setattr(agreement, "_run", counted)
+    monkeypatch.setattr(agreement, "run_on", counted)
     return images
 
 
