@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 import fusion
-from fusion.card import model_card
 from fusion.checks import check_run
 from fusion.errors import UserError
 from fusion.evaluation import Evaluation, evaluate_run
@@ -25,6 +24,7 @@ from fusion.files import MODEL, write_text
 from fusion.method import BaseAlgorithm
 from fusion.method.base import ResultFile
 from fusion.method.training_data import training_data
+from fusion.model_card import model_card
 from fusion.modelpool import BaseModelPool
 from fusion.options import FilePath, Seed, TargetMapping, checked
 from fusion.run_folder import CARD, CONFIG, FINETUNED, RunFolder, save_report

@@ -133,7 +133,7 @@ def _push(arguments: list[str]) -> None:
     if not given["push"] or not given.get("to"):
         raise UserError("push needs a run's folder and a repository: push=FOLDER to=user/name")
     private = _flag(given, "private", default=True)
-    from fusion.card import push
+    from fusion.model_card import push
 
     sys.stdout.write(f"Uploaded {push(given['push'], given['to'], private=private)}\n")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from fusion.card.header import header
-from fusion.card.loading import architecture_name, with_package, without_package
 from fusion.evaluation import MERGED, Evaluation
 from fusion.figures.accuracy_table import accuracy_rows
 from fusion.labels import LabelSpace
 from fusion.method.presets import method_names, paper, summary
+from fusion.model_card.header import header
+from fusion.model_card.loading import architecture_name, with_package, without_package
 from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.written import written_labels, written_tasks
 from fusion.run_folder import LIBRARY

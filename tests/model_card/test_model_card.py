@@ -12,10 +12,10 @@ import yaml
 from torchvision.models import shufflenet_v2_x0_5
 
 import fusion
-from fusion.card import model_card
 from fusion.data import as_rgb, grouped
 from fusion.errors import UserError
 from fusion.method.presets import algorithm, summary
+from fusion.model_card import model_card
 from fusion.modelpool import BaseModelPool, Checkpoint
 from fusion.program import FusionProgram
 from fusion.run_folder import RunFolder

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion.card import push
 from fusion.errors import UserError
 from fusion.files import write_text
+from fusion.model_card import push
 from fusion.run_folder import RunFolder, save_report
 from fusion.weights import save_safetensors
 
