@@ -64,7 +64,16 @@ def write_card(
 
     Example::
 
-        fusion.write_card(pool, "clinic_a", "clinic_a.card.safetensors", images=5000)
+        >>> import tempfile, fusion
+        >>> from fusion.data import ClassSubset, digits
+        >>> from fusion.models import CifarResNet
+        >>> network = CifarResNet(8, num_classes=3, in_channels=1)
+        >>> images = ClassSubset(digits("train"), (0, 1, 2))
+        >>> pool = fusion.BaseModelPool({"clinic": network}, train_datasets={"clinic": images})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = f"{folder}/clinic.card.safetensors"
+        ...     fusion.write_card(pool, "clinic", file, images=50, progress=False).name
+        'clinic.card.safetensors'
     """
     path = Path(path).expanduser()
     check_card(modelpool, name, path, overwrite=overwrite)

@@ -35,8 +35,6 @@ class OwnTensors(TaskRule):
     kind: TensorKind = "affine"
     per_task: bool = True
 
-    elementwise = True
-
     def merge(self, piece: Piece) -> Tensor:
         """Return the mean, (*shape)."""
         return mean_of_experts(piece)
