@@ -51,6 +51,8 @@ _TEMPLATE = (
     "modelpool.models.expert_a.path=FILES/{network}.pt",
     "modelpool.models.expert_b.path=FILES/{network}.pt",
 )
+# One of the two images of each class; the other is left for validation.
+_HALF = "modelpool.train_datasets._pretrained_.per_class=1"
 COMPLETE: dict[str, tuple[str, ...]] = {
     "method=interpolation_barrier": ("modelpool=digits_pair",),
     "method=merge": (*_DIGITS, "method.rule._target_=fusion.merging.rules.Mean"),
@@ -63,8 +65,15 @@ COMPLETE: dict[str, tuple[str, ...]] = {
     "modelpool=cifar10_folder_tasks": (
         "path.data_dir=FILES",
         "path.checkpoint=FILES/resnet20.safetensors",
+        _HALF,
+    ),
+    "modelpool=cifar10_folder_domains": (
+        "path.data_dir=FILES",
+        "path.checkpoint=FILES/resnet20.safetensors",
+        _HALF,
     ),
     "modelpool=cifar10_folder_pair": ("method=git_rebasin", "path.data_dir=FILES"),
+    "modelpool=cifar10_folder_split": ("method=git_rebasin", "path.data_dir=FILES", _HALF),
     "modelpool=torchvision": (
         "modelpool.models._pretrained_.architecture._target_=torchvision.models.shufflenet_v2_x0_5",
         *(text.replace("{network}", "shufflenet") for text in _TEMPLATE),
@@ -74,10 +83,25 @@ COMPLETE: dict[str, tuple[str, ...]] = {
         *(text.replace("{network}", "mobilenet") for text in _TEMPLATE),
     ),
     "taskpool=digits_tasks": ("modelpool=digits_tasks",),
+    "taskpool=digits_domains": ("modelpool=digits_domains",),
+    "taskpool=glyphs_tasks": ("modelpool=glyphs_tasks",),
+    "taskpool=cifar10_folder_domains": (
+        "modelpool=cifar10_folder_domains",
+        "path.data_dir=FILES",
+        "path.checkpoint=FILES/resnet20.safetensors",
+        _HALF,
+    ),
+    "taskpool=cifar10_folder_split": (
+        "modelpool=cifar10_folder_split",
+        "method=git_rebasin",
+        "path.data_dir=FILES",
+        _HALF,
+    ),
     "taskpool=cifar10_folder_tasks": (
         "modelpool=cifar10_folder_tasks",
         "path.data_dir=FILES",
         "path.checkpoint=FILES/resnet20.safetensors",
+        _HALF,
     ),
     "taskpool=cifar10_folder": (
         "modelpool=cifar10_folder",
@@ -249,6 +273,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "images": (int,),
     "budget": (int,),
     "per_class": (int,),
+    "only": (list,),
     "image_size": (int,),
     "resize": (int,),
     "key": (str,),
