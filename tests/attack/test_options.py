@@ -114,6 +114,7 @@ COMPLETE: dict[str, tuple[str, ...]] = {
 WITHOUT_DATA = (
     "modelpool=cifar10",
     "taskpool=cifar10",
+    "modelpool=cards",
     "modelpool=folders",
     "taskpool=folders",
     "method=custom",
