@@ -85,6 +85,31 @@ def test_a_sweep_ends_in_a_page_and_resumes_what_is_missing(sweep: Sweep, tmp_pa
     assert (out / "index.html").is_file()
 
 
+@pytest.mark.slow
+def test_a_benchmark_ends_in_a_page_of_its_own(cache: Path, tmp_path: Path) -> None:
+    """The reports as real jobs write them: scores, controls and costs are all found."""
+    out = tmp_path / "out"
+    subprocess.run(
+        [sys.executable, "-m", "fusion", "experiment=benchmark", "fast_dev_run=true",
+         "benchmark.methods=[benchmark_controls,task_arithmetic]", "benchmark.seeds=[0]",
+         f"path.cache_dir={cache}", f"output_path={out}"],
+        check=True,
+    )  # fmt: skip
+    assert not (out / "study.csv").exists()
+    table = pd.read_csv(out / "benchmark.csv").set_index(["method", "condition"])
+    merges = table.loc["task_arithmetic"]
+    assert {"merged", "chosen, recalibrate", "defaults, merge", "oracle head"} <= {*merges.index}
+    assert merges[["score", "worst", "accuracy", "multiply_adds", "seconds"]].notna().all(axis=None)
+    assert merges["needs"].eq("a pretrained model").all()
+    experts = table.loc["benchmark_controls"].filter(like="expert: ", axis=0)
+    assert experts["score"].eq(100).all()
+    assert len(experts) == 4
+    text = (out / "benchmark.md").read_text()
+    assert "digits_tasks_4 (chosen task arithmetic: " in text
+    assert "| joint training |" in text
+    assert "experiment=benchmark" in (out / "index.html").read_text()
+
+
 def test_a_job_that_fails_fails_alone(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
         "from fusion import BaseAlgorithm\n"

@@ -54,7 +54,7 @@ KERNELS, NORMALISED = "kernel: ", "rows normalised"
 SPECTRAL = ("task_singular_vectors", "iso_c")
 ZIPPED, PERMUTED = "zipit", "git_rebasin"
 _OWN, _PER_TASK, _RANKED, _RANDOM = "own ", "average per task", "ranked by ", "ranked by random"
-_JOINT_TRAINING, _ENSEMBLE = "joint training", "ensemble"
+_JOINT_TRAINING, _ENSEMBLE, _BASE = "joint training", "ensemble", "base"
 _SMALL_GAP = 1.0  # points: of a smaller gap no share is computed
 
 
@@ -192,10 +192,10 @@ def _head_sentence(setting: str, name: str, means: pd.DataFrame) -> str:
     if shares.empty:
         return f"{setting}, towards {name}: no merge is {_SMALL_GAP:g} point below it, no gap."
     first = SIMPLE_AVERAGE if SIMPLE_AVERAGE in shares.index else str(shares.index[0])
-    low, high, top, share = means.loc[first, ["low", "high", "top", "share"]].tolist()
+    low, high, top = (float(means[column][first]) for column in ("low", "high", "top"))
     text = (
         f"{setting}, towards {name} ({top:.1f}): {first} goes from {low:.1f} to {high:.1f}, "
-        f"{percent(share)} of the gap"
+        f"{percent(shares[first])} of the gap"
     )
     if len(shares) > 1:
         text += (
@@ -207,6 +207,7 @@ def _head_sentence(setting: str, name: str, means: pd.DataFrame) -> str:
 
 def _zipped(measured: Measured) -> Iterator[str]:
     best = at_its_best(measured)
+    best = best[~best["setting"].isin(control(measured, _BASE)["setting"])]
     zipped, permuted = (best[best["method"] == name] for name in (ZIPPED, PERMUTED))
     table = compare(zipped, permuted, tasks=measured.tasks, one_family=True)
     for _, row in table.iterrows():

@@ -30,7 +30,7 @@ from fusion.study.runs import FINISHED, Run
 
 TITLE = "Benchmark of merging methods"
 CONTROL = "control"
-_OPEN = 4  # sentences that are shown without a click
+_OPEN, _FIRST = 4, 2  # sentences: shown without a click; of more, those that are
 
 # Filters: data attribute → column of the conditions, and what stands above the choice.
 _FILTERS = {
@@ -89,7 +89,7 @@ def page(
         command: what reproduces the sweep.
     """
     drawn = list(drawings)
-    table = _shown(measured)
+    table = _shown(measured).sort_values("group", kind="stable", key=lambda g: g == CONTROL)
     columns = [column for column in _COLUMNS if measured.conditions[column.name].notna().any()]
     words = ["setting", "method", "needs", "options", "batch norm"]
     against = ["against simple average", "against task arithmetic"]
@@ -147,8 +147,9 @@ def _counts(measured: Measured) -> str:
 
 
 def _answer(answer: Answer) -> str:
-    first = "".join(f"<li>{escape(s)}</li>" for s in answer.sentences[:_OPEN])
-    rest = answer.sentences[_OPEN:]
+    shown = _OPEN if len(answer.sentences) <= _OPEN else _FIRST
+    first = "".join(f"<li>{escape(s)}</li>" for s in answer.sentences[:shown])
+    rest = answer.sentences[shown:]
     text = f"<section><h3>{escape(f'{answer.name}. {answer.question}')}</h3><ul>{first}</ul>"
     if rest:
         items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rest)

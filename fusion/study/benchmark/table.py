@@ -74,7 +74,9 @@ class Measured:
         keys = ["run", "condition"]
         wide = self.tasks.pivot_table(index=keys, columns="task", values="accuracy", sort=False)
         wide.columns = [f"accuracy: {task}" for task in wide.columns]
-        return self.conditions.merge(wide.reset_index(), on=keys, how="left").to_csv(index=False)
+        return self.conditions.merge(wide.reset_index(), on=keys, how="left").to_csv(
+            index=False, float_format="%.10g"
+        )
 
 
 def is_benchmark(runs: Sequence[Run]) -> bool:
@@ -195,18 +197,19 @@ def _conditions(
 def _scores(tasks: Sequence[Mapping[str, Any]], *, complete: bool) -> dict[str, float]:
     """Return score, worst task, mean accuracy and test error.
 
-    All are missing of a network that does not answer all tasks, the scores where an expert's
-    accuracy is: a mean over other tasks is no number to compare.
+    All are missing of a network that does not answer the tasks of all experts: a mean over other
+    tasks is no number to compare. Tasks that no expert answers count in the accuracy alone.
     """
     if not complete:
         return dict.fromkeys(("score", "worst", "accuracy", "test_error"), math.nan)
-    shares = [100 * task["accuracy"] / task["expert"] for task in tasks]
+    known = [task for task in tasks if task["expert"] > 0]
+    shares = [100 * task["accuracy"] / task["expert"] for task in known]
     errors = [
-        100 * binomial_error(task["accuracy"], task["images"]) / task["expert"] for task in tasks
+        100 * binomial_error(task["accuracy"], task["images"]) / task["expert"] for task in known
     ]
     return {
         "score": _mean(shares),
-        "worst": min(shares) if shares and not any(map(math.isnan, shares)) else math.nan,
+        "worst": min(shares, default=math.nan),
         "accuracy": _mean([task["accuracy"] for task in tasks]),
         "test_error": _mean(errors),
     }
