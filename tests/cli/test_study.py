@@ -105,7 +105,7 @@ def test_a_benchmark_ends_in_a_page_of_its_own(cache: Path, tmp_path: Path) -> N
     assert experts["score"].eq(100).all()
     assert len(experts) == 4
     text = (out / "benchmark.md").read_text()
-    assert "digits_tasks_4 (chosen task arithmetic: " in text
+    assert "digits_tasks_4 (the simple average: " in text
     assert "| joint training |" in text
     assert "experiment=benchmark" in (out / "index.html").read_text()
 
