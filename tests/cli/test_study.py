@@ -92,6 +92,7 @@ def test_a_benchmark_ends_in_a_page_of_its_own(cache: Path, tmp_path: Path) -> N
     subprocess.run(
         [sys.executable, "-m", "fusion", "experiment=benchmark", "fast_dev_run=true",
          "benchmark.methods=[benchmark_controls,task_arithmetic]", "benchmark.seeds=[0]",
+         "benchmark.settings=[digits_tasks_4]",
          f"path.cache_dir={cache}", f"output_path={out}"],
         check=True,
     )  # fmt: skip

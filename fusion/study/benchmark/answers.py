@@ -50,7 +50,7 @@ from fusion.study.benchmark.words import (
 )
 
 NOT_MEASURED = "Not measured."
-KERNELS, NORMALISED = "kernel: ", "rows normalised"
+KERNELS, NORMALISED = "kernel ", "rows normalised"  # what their tracks begin with
 SPECTRAL = ("task_singular_vectors", "iso_c")
 ZIPPED, PERMUTED = "zipit", "git_rebasin"
 _OWN, _PER_TASK, _RANKED, _RANDOM = "own ", "average per task", "ranked by ", "ranked by random"
@@ -146,12 +146,12 @@ def _tally(table: pd.DataFrame, name: str) -> str:
 
 def _variants(measured: Measured, prefix: str, methods: Sequence[str]) -> Iterator[str]:
     rows = measured.methods
-    variants = rows[rows["condition"].str.startswith(prefix)]
+    variants = rows[rows["track"].astype(str).str.startswith(prefix)]
     if methods:
         variants = variants[variants["method"].isin(methods)]
     for method, group in variants.groupby("method", sort=False):
         usual = under(rows[rows["method"] == method], RECALIBRATE, DEFAULTS)
-        table = compare(group, usual, name="condition")
+        table = compare(group, usual, name="track")
         for setting, found in table.groupby("setting", sort=False):
             yield f"{method} on {setting}, against its usual form: {_by_verdict(found)}."
 

@@ -89,10 +89,10 @@ def test_variants_are_held_against_the_usual_form(sweep: Sweep) -> None:
     for seed in range(4):
         sweep.controls(seed, {})
         noise = 0.001 * rng.standard_normal(3)
-        conditions = {"merged": 0.8 + noise[0], "kernel: rows": 0.85 + noise[1]}
-        sweep.methods("iso_c", seed, {**conditions, "rows normalised": 0.8 + noise[2]})
+        conditions = {"merged": 0.8 + noise[0], "kernel split, recalibrate": 0.85 + noise[1]}
+        sweep.methods("iso_c", seed, {**conditions, "rows normalised, recalibrate": 0.8 + noise[2]})
     found = told(sweep)
-    assert found["H2"].startswith("iso_c on a, against its usual form: better: kernel: rows (+5.")
+    assert found["H2"].startswith("iso_c on a, against its usual form: better: kernel split (+5.")
     assert "rows normalised" in found["H3"]
 
 
