@@ -176,11 +176,6 @@ class SNRSelectiveMerge(Merge):
         Raises:
             UserError: says what is wrong and the cure.
         """
-        if not modelpool.has_pretrained or not len(modelpool):
-            raise UserError(
-                f"{type(self).__name__} needs a base and at least one expert; the pool has "
-                f"{', '.join(modelpool.all_model_names) or 'nothing'}; add '{PRETRAINED}' and more"
-            )
         super().check_pool(modelpool)
         if not isinstance(self.rank_by, str):
             self._check_names(self.rank_by, modelpool)
