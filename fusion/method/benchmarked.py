@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from fusion.labels import LabelSpace
-from fusion.merging.batch_norm import statistics_keys
+from fusion.merging.batch_norm import Calibration, statistics_keys
 from fusion.merging.members import Members
+from fusion.merging.rule import Need
 from fusion.method.base import BaseAlgorithm
 from fusion.method.benchmark_controls import BenchmarkControls, cost, quiet
 from fusion.method.presets import configured, has_option
@@ -112,14 +113,7 @@ class Benchmarked(BaseAlgorithm):
                 needs = {need.value for need in _needs(algorithm)}
         assert result is not None
         if self.grid:
-            for treatment in [t for t in treatments if t.startswith("recalibrate")] or treatments:
-                search = Search(
-                    method=self.method,
-                    options=self.grid,
-                    fixed=self._options(treatment),
-                    split="val" if modelpool.has_data("val") else "train",
-                )
-                self._condition(search, modelpool, CHOSEN, treatment, conditions)
+            self._chosen(modelpool, treatments, conditions)
         for variant, options in self.variants.items():
             algorithm = configured(
                 self.method, self.name, **{**self._options(treatments[0]), **options}
@@ -132,6 +126,8 @@ class Benchmarked(BaseAlgorithm):
                 "track": ORACLE,
                 "batch_norm": treatments[0],
                 "seconds": time.perf_counter() - start,
+                **self._looked_at(modelpool, treatments[0]),
+                "labels": sum(len(data) for data in _datasets(modelpool, "train")),
                 **cost(network, modelpool),
             }
             self._add(ORACLE, network, self._labels)
@@ -142,6 +138,28 @@ class Benchmarked(BaseAlgorithm):
         """Return the classes of the result's outputs."""
         del modelpool
         return self._labels
+
+    def _chosen(
+        self,
+        modelpool: BaseModelPool,
+        treatments: Sequence[str],
+        conditions: dict[str, dict[str, Any]],
+    ) -> None:
+        """Choose the deciding option under the first treatment, and measure it under each."""
+        split: Literal["val", "train"] = "val" if modelpool.has_data("val") else "train"
+        first, *others = [t for t in treatments if t.startswith("recalibrate")] or treatments[:1]
+        search = Search(
+            method=self.method, options=self.grid, fixed=self._options(first), split=split
+        )
+        self._condition(search, modelpool, CHOSEN, first, conditions)
+        chosen = search.report["chosen"]
+        for treatment in others:
+            algorithm = configured(self.method, self.name, **self._options(treatment), **chosen)
+            self._condition(algorithm, modelpool, CHOSEN, treatment, conditions)
+        labels = sum(len(data) for data in _datasets(modelpool, split))
+        for treatment in (first, *others):
+            condition = conditions[f"{CHOSEN}, {treatment}"]
+            condition.update(chosen=chosen, labels=condition["labels"] + labels)
 
     def _condition(
         self,
@@ -163,6 +181,7 @@ class Benchmarked(BaseAlgorithm):
             "batch_norm": treatment,
             "seconds": time.perf_counter() - start,
             "chosen": algorithm.report.get("chosen"),
+            **self._looked_at(modelpool, treatment),
             **cost(network, modelpool),
         }
         log.info("%s, %s: %.1f s", track, treatment, conditions[name]["seconds"])
@@ -183,6 +202,26 @@ class Benchmarked(BaseAlgorithm):
 
     def _options(self, treatment: str) -> dict[str, Any]:
         return {**self.common, "batch_norm": treatment, "seed": self.seed}
+
+    def _looked_at(self, modelpool: BaseModelPool, treatment: str) -> dict[str, int]:
+        """Return how many ``images`` and ``labels`` a condition looks at, at most.
+
+        Recalibration and statistics draw their samples independently; what both draw counts twice.
+        """
+        made = configured(self.method, self.name, **self._options(treatment))
+        sizes = [len(data) for data in _datasets(modelpool, "train")]
+        calibration = getattr(made, "calibration", Calibration()).images
+        images = labels = 0
+        if treatment == "recalibrate":
+            images += min(calibration, sum(sizes))
+        elif treatment == "recalibrate_per_task":
+            images += sum(min(calibration, size) for size in sizes)
+        needs = _needs(made)
+        if needs & {Need.IMAGES, Need.LABELS}:
+            sample = getattr(made, "sample", Calibration()).images
+            seen = sum(min(sample, size) for size in sizes)
+            images, labels = images + seen, seen if Need.LABELS in needs else 0
+        return {"images": images, "labels": labels}
 
     def _with_oracle_head(self, result: nn.Module, modelpool: BaseModelPool) -> nn.Module:
         network = copy.deepcopy(result)
@@ -205,6 +244,14 @@ class Benchmarked(BaseAlgorithm):
         self.record.labels.update(algorithm.record.labels)
         self.report.update(algorithm.report)
         return result
+
+
+def _datasets(modelpool: BaseModelPool, split: str) -> list[Any]:
+    """Return the data sets of the experts; one that several share counts once."""
+    if not modelpool.has_data(split):
+        return []
+    images = modelpool.images(split=split)
+    return list(images.values()) if isinstance(images, Mapping) else [images]
 
 
 def _needs(algorithm: BaseAlgorithm) -> set[Any]:

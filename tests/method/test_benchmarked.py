@@ -50,7 +50,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_each_condition_is_the_method_with_these_options(modelpool) -> None:
+def test_each_condition_is_the_method_with_these_options(modelpool, data) -> None:
     method = benchmarked(
         "task_arithmetic",
         choices=CHOICES,
@@ -69,6 +69,13 @@ def test_each_condition_is_the_method_with_these_options(modelpool) -> None:
     assert chosen in CHOICES["task_arithmetic"]["scale"]
     again = fusion.merge(modelpool, "task_arithmetic", scale=chosen, batch_norm="recalibrate")
     assert_same(method.controls["chosen, recalibrate"](), again)
+    per_task = {"batch_norm": "recalibrate_per_task", "scale": chosen}
+    other = fusion.merge(modelpool, "task_arithmetic", **per_task)
+    assert_same(method.controls["chosen, recalibrate_per_task"](), other)
+    images = sum(len(dataset) for dataset in data.values())
+    assert conditions["merged"]["images"] == conditions["oracle head"]["labels"] == images
+    assert conditions["merged"]["labels"] == conditions["defaults, merge"]["images"] == 0
+    assert conditions["chosen, recalibrate"]["labels"] == images  # of validation, the same here
     assert set(conditions) == {"merged", *method.controls}
     assert all(c["parameters"] > 0 and c["multiply_adds"] > 0 for c in conditions.values())
     assert method.report["needs"] == ["a pretrained model"]
