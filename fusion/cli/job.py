@@ -32,6 +32,8 @@ from fusion.options import FilePath, Seed
 
 log = logging.getLogger(__name__)
 
+# What a sweep makes its list of jobs from; a job is the same whichever list it comes from.
+_LISTS_OF_JOBS = ("benchmark", "methods", "settings")
 _FOLDER_NAME_LENGTH = 120  # well below the 255 bytes that file systems allow
 _GROUPS = ("method", "modelpool", "taskpool", "finetune", "fabric", "merge", "wrapper", "setting")
 _KINDS: dict[str, Any] = {
@@ -94,7 +96,7 @@ def _configured(config: DictConfig, folder: Path) -> dict[str, Any]:
         _check_kinds(config)
         _check_references()
         _check_save_paths(config)
-        values = plain_values(config)
+        values = plain_values(config, [str(key) for key in config if key not in _LISTS_OF_JOBS])
     except OmegaConfBaseException as error:
         typed = [*sys.argv[1:], *_overrides()]
         raise UserError(explain(error, typed, config_folder())) from error
