@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from fusion.training import recalibrate_batch_norm
 from fusion.training.sampling import sample_images
 from fusion.weights import exact_device, load_tensors
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 
 def merge_in_stages(
     members: Members,
@@ -33,6 +37,7 @@ def merge_in_stages(
     calibration: Calibration,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    fabric: Fabric | None = None,
 ) -> dict[str, Tensor]:
     """Return the merged tensors of the chosen layers, on the CPU.
 
@@ -44,7 +49,8 @@ def merge_in_stages(
 
     A stage takes one pass of both networks over the images, which ends behind the stage: in all
     about as many whole passes as there are stages. The images, the experts and the merged network
-    stay in memory; activations do not.
+    stay in memory; activations do not. Several processes share the images of each batch and add up
+    their moments; each then merges the same layers.
 
     Args:
         members: base and experts.
@@ -57,8 +63,9 @@ def merge_in_stages(
         calibration: the sample of each expert's images.
         device: where to compute.
         seed: of everything random.
+        fabric: of several processes that merge together; by default one process does it all.
     """
-    walk = _Walk(members, modelpool, treatment, calibration, device)
+    walk = _Walk(members, modelpool, treatment, calibration, device, fabric)
 
     def pieces(
         some: LayerChoice, found: Statistics | None = None, plan: object = None
@@ -97,8 +104,10 @@ class _Walk:
         treatment: str,
         calibration: Calibration,
         device: torch.device | str,
+        fabric: Fabric | None,
     ) -> None:
         self._members = members
+        self._fabric = fabric if fabric is not None and fabric.world_size > 1 else None
         self._calibration = calibration
         self._device = device
         self._per_task = treatment == "recalibrate_per_task"
@@ -112,34 +121,34 @@ class _Walk:
         for name, tensors in members.experts.items():
             self._experts[name] = modelpool.load_model(name)
             load_tensors(self._experts[name], tensors)
-            self._images[name] = list(
-                sample_images(
-                    self._datasets[name],
-                    images=calibration.images,
-                    batch_size=calibration.batch_size,
-                    seed=seed_from(calibration.seed, "statistics"),
-                )
+            drawn = sample_images(
+                self._datasets[name],
+                images=calibration.images,
+                batch_size=calibration.batch_size,
+                seed=seed_from(calibration.seed, "statistics"),
             )
+            self._images[name] = [mine for batch in drawn if len(mine := self._share(batch))]
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, dict[str, Tensor]]:
         """Return the statistics of the layers that run as modules of their own."""
         each: dict[str, Mapping[str, Moments]] = {}
         for group, names in self._groups.items() if layers else ():
             for name in names:
-                each[name] = prefix_moments(
+                moments = prefix_moments(
                     self._networks[group],
                     self._experts[name],
                     layers,
                     self._images[name],
                     device=self._device,
                 )
+                each[name] = {key: self._of_all(part) for key, part in moments.items()}
         found = {}
         for layer in layers:
-            if all(layer.weight in moments for moments in each.values()):
-                moments = {name: each[name][layer.weight] for name in self._experts}
+            if all(layer.weight in measured for measured in each.values()):
+                own = {name: each[name][layer.weight] for name in self._experts}
                 found[layer.weight] = {
-                    "gram": torch.stack([of_expert.xx for of_expert in moments.values()]),
-                    "cross": torch.stack([self._cross(layer, *item) for item in moments.items()]),
+                    "gram": torch.stack([of_expert.xx for of_expert in own.values()]),
+                    "cross": torch.stack([self._cross(layer, *item) for item in own.items()]),
                 }
         return found
 
@@ -172,9 +181,38 @@ class _Walk:
                     norms=norms,
                 )
 
+    def _share(self, batch: Tensor) -> Tensor:
+        """Return the images of a batch that this process looks at."""
+        if self._fabric is None:
+            return batch
+        return batch[self._fabric.global_rank :: self._fabric.world_size]
+
+    def _of_all(self, moments: Moments) -> Moments:
+        """Return the moments over the images of all processes."""
+        if self._fabric is None:
+            return moments
+        return moments_of_all(moments, self._fabric)
+
     def _cross(self, layer: Layer, name: str, moments: Moments) -> Tensor:
         """Return the moments of the expert's output, its bias in the folded norm included."""
         if layer.name not in self._members.foldings:
             return moments.yx
         bias = self._members.experts[name][self._members.bias(layer)].to(moments.yx)
         return moments.yx + bias.view(*moments.yy.shape, 1) * moments.xx[:, None, -1]
+
+
+def moments_of_all(moments: Moments, fabric: Fabric) -> Moments:
+    """Return the moments over the images of all processes, from those of this one's images."""
+
+    def total(tensor: Tensor) -> Tensor:
+        summed = fabric.all_reduce(tensor.to(fabric.device), reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed.to(tensor.device)
+
+    positions = total(torch.tensor(moments.positions))
+    return Moments(
+        xx=total(moments.xx * moments.positions) / positions,
+        yx=total(moments.yx * moments.positions) / positions,
+        yy=total(moments.yy * moments.positions) / positions,
+        positions=int(positions),
+    )

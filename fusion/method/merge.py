@@ -298,6 +298,7 @@ class Merge(BaseAlgorithm):
                     assembly.modelpool,
                     treatment=assembly.treatment,
                     calibration=self.sample,
+                    fabric=self.fabric,
                     **options,
                 )
         elif isinstance(self.rule, TaskRule) and self.rule.per_task:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +19,8 @@ from fusion.errors import UserError
 from fusion.merging.batch_norm import Calibration
 from fusion.merging.members import Members, every_layer
 from fusion.merging.rules import LeastSquares, RegMean
-from fusion.merging.sequential import merge_in_stages
+from fusion.merging.sequential import merge_in_stages, moments_of_all
+from fusion.merging.statistics import Moments
 from fusion.modelpool import BaseModelPool
 from fusion.models import MultiTaskNetwork
 from fusion.training import recalibrate_batch_norm
@@ -259,3 +262,74 @@ def test_it_comes_nearer_to_the_experts_than_the_average(build: Callable[[], nn.
             total += float((answers[0] - answers[1]).square().mean() / answers[1].var())
         errors[method] = total
     assert errors["layerwise_least_squares"] < 0.85 * errors["simple_average"], errors
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from lightning.fabric import Fabric
+from fusion.data import ClassSubset, digits
+from fusion.method.presets import algorithm
+from fusion.modelpool import BaseModelPool
+from fusion.models import CifarResNet
+from fusion.weights import tensors_of
+
+
+def main(fabric, file):
+    torch.manual_seed(0)
+    experts = {n: CifarResNet(8, 5, in_channels=1, width=0.5).eval() for n in ("low", "high")}
+    data = digits("train")
+    parts = {"low": ClassSubset(data, range(5)), "high": ClassSubset(data, range(5, 10))}
+    method = algorithm("layerwise_least_squares", statistics_images=90, batch_size=32)
+    if fabric is not None:
+        method.fabric = fabric
+    network = method.run(BaseModelPool(experts, train_datasets=parts))
+    rank = 0 if fabric is None else fabric.global_rank
+    torch.save(dict(tensors_of(network.for_task("low"))), f"{file}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    # Forked, not spawned: the packages are imported once.
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric.launch(main, f"{sys.argv[1]}/two")
+    main(None, f"{sys.argv[1]}/one")
+"""
+
+
+def test_two_processes_add_their_moments_up(tmp_path) -> None:
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=300)
+    alone, first, second = (torch.load(tmp_path / f"{n}.pt") for n in ("one-0", "two-0", "two-1"))
+    for key, tensor in alone.items():
+        assert torch.equal(first[key], second[key])
+        if tensor.is_floating_point():
+            assert_close(first[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_of_a_share_are_weighted_by_its_positions() -> None:
+    class Summing:
+        """Adds what a second process has."""
+
+        device = torch.device("cpu")
+
+        def __init__(self, other: Moments) -> None:
+            parts = (other.xx, other.yx, other.yy)
+            self.other = [torch.tensor(other.positions), *(p * other.positions for p in parts)]
+
+        def all_reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
+            assert reduce_op == "sum"
+            return tensor + self.other.pop(0)
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 12, 3, generator=generator, dtype=torch.float64)
+
+    def of(part: Tensor) -> Moments:
+        square = part.mT @ part / part.shape[1]
+        return Moments(square, square[:, :2], square.diagonal(dim1=1, dim2=2), part.shape[1])
+
+    both = moments_of_all(of(rows[:, :4]), Summing(of(rows[:, 4:])))
+    whole = of(rows)
+    assert both.positions == 12
+    for name in ("xx", "yx", "yy"):
+        assert_close(getattr(both, name), getattr(whole, name))
