@@ -44,6 +44,7 @@ from fusion.options import (
 from fusion.target import check_options, locate
 from fusion.training import fit
 from fusion.training.devices import Accelerator, Precision, make_fabric
+from fusion.training.fitting import OptimizerName
 from fusion.training.schedule import Schedule
 from fusion.weights import (
     SafetensorsSource,
@@ -81,8 +82,8 @@ class TrainedModel(Member):
         head: where the head comes from: ``rows`` (the parent's rows for these classes), ``fresh``
             (new weights), ``auto`` (rows where the parent knows all classes, or where nobody knows
             the classes and the shapes agree; else fresh).
-        epochs, lr, weight_decay, batch_size, schedule, augment, channels_last, compile: of
-            :func:`fusion.training.fit`.
+        epochs, lr, weight_decay, optimizer, batch_size, schedule, augment, channels_last, compile:
+            of :func:`fusion.training.fit`.
         precision: Lightning Fabric's, for the training alone.
         accelerator: Lightning Fabric's, for the training alone.
         seed: of the fresh weights, the order of the images, dropout and augmentation.
@@ -102,6 +103,7 @@ class TrainedModel(Member):
         epochs: Count = 10,
         lr: Positive = 1e-3,
         weight_decay: NonNegative = 0.01,
+        optimizer: OptimizerName = "adamw",
         batch_size: Count = 128,
         schedule: Schedule = "one_cycle",
         augment: bool = False,
@@ -130,6 +132,8 @@ class TrainedModel(Member):
             "compile": compile,
             "max_batches": 1 if fast_dev_run else None,
         }
+        if optimizer != "adamw":  # members that were kept before there was a choice stay valid
+            self.training_options["optimizer"] = optimizer
         self._precision = precision
         self._accelerator = accelerator
         self._seed = seed

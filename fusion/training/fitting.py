@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from fusion.training.scoring import Scorer
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+OptimizerName = Literal["adamw", "sgd"]
+MOMENTUM = 0.9  # of SGD
+
 
 @checked
 def fit(
@@ -37,6 +40,7 @@ def fit(
     epochs: Count = 10,
     lr: Positive = 1e-3,
     weight_decay: NonNegative = 0.01,
+    optimizer: OptimizerName = "adamw",
     batch_size: Count = 128,
     schedule: Schedule = "one_cycle",
     augment: bool = False,
@@ -49,7 +53,7 @@ def fit(
     progress: bool = True,
     label: str = "training",
 ) -> History:
-    """Train ``model`` in place by AdamW on the cross-entropy; its values alone are changed.
+    """Train ``model`` in place on the cross-entropy; its values alone are changed.
 
     The same call on the same machine gives the same bits: order, augmentation and dropout come
     from ``seed``, and torch's global generator is neither used nor disturbed. Modes, device,
@@ -65,7 +69,9 @@ def fit(
         val: images to score after every pass, in the network's evaluation mode.
         epochs: passes over the data.
         lr: the highest learning rate.
-        weight_decay: AdamW's, relative to the learning rate.
+        weight_decay: the optimizer's: of AdamW relative to the learning rate, of SGD added to the
+            gradient.
+        optimizer: ``adamw``, or ``sgd`` with a momentum of 0.9.
         batch_size: images a step, over all processes together.
         schedule: how the learning rate moves; see :mod:`fusion.training.schedule`.
         augment: apply the data set's own augmentation.
@@ -116,15 +122,9 @@ def fit(
         if channels_last:
             model.to(memory_format=torch.channels_last)
         compiled = cast(nn.Module, torch.compile(model)) if compile else model
-        network, optimizer = fabric.setup(
+        network, stepping = fabric.setup(
             compiled,
-            # Fused: on small networks the plain step costs as much as the forward pass.
-            torch.optim.AdamW(
-                parameters,
-                lr=lr,
-                weight_decay=weight_decay,
-                fused=fabric.device.type in ("cpu", "cuda"),
-            ),
+            _optimizer(optimizer, parameters, lr, weight_decay, fabric.device),
         )
         bar = stack.enter_context(
             tqdm(
@@ -140,7 +140,7 @@ def fit(
             train_mode()
             scorer = Scorer(processes=fabric.world_size)
             for parts in feed.epoch(epoch):
-                optimizer.param_groups[0]["lr"] = next(rates)
+                stepping.param_groups[0]["lr"] = next(rates)
                 losses = []
                 outputs = 0  # of the tasks so far: their classes are counted one after another
                 for part in parts:
@@ -153,9 +153,9 @@ def fit(
                     scorer.update(losses[-1], logits, part.labels, first=outputs)
                     outputs += logits.shape[1]
                 loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-                optimizer.zero_grad()
+                stepping.zero_grad()
                 fabric.backward(loss)
-                optimizer.step()
+                stepping.step()
                 bar.update()
             train = scorer.compute(outputs)
             if not math.isfinite(train.loss):
@@ -168,6 +168,22 @@ def fit(
             passed.append(Epoch(train, tested, time.perf_counter() - start))
             bar.set_postfix(_figures(train, tested))
     return History(tuple(passed), sum(parameter.numel() for parameter in parameters))
+
+
+def _optimizer(
+    name: OptimizerName,
+    parameters: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    device: torch.device,
+) -> torch.optim.Optimizer:
+    # Fused: on small networks the plain step costs as much as the forward pass.
+    fused = device.type in ("cpu", "cuda")
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay, fused=fused
+        )
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def _default_fabric() -> Fabric:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
 from fusion.data import ClassSubset, ImageTensors
@@ -75,6 +76,20 @@ def test_the_same_call_gives_the_same_bits_whatever_the_global_generator(
     assert same(train(0), first)
     assert torch.equal(torch.get_rng_state(), before)
     assert not same(train(1), first)
+
+
+def test_sgd_goes_along_the_gradient_and_the_decay(
+    make_model: Make, train_digits: ImageTensors
+) -> None:
+    few = train_digits.select(torch.arange(64))
+    model, other = make_model(), make_model()
+    options = {"epochs": 1, "batch_size": 64, "schedule": "constant"}
+    fit(model, few, optimizer="sgd", lr=0.1, weight_decay=0.01, **options)
+    other.train()
+    nn.functional.cross_entropy(other(few.normalise(few.images)), few.labels).backward()
+    for moved, start in zip(model.parameters(), other.parameters(), strict=True):
+        wanted = start - 0.1 * (start.grad + 0.01 * start)
+        assert_close(moved, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_all_but_the_values_is_given_back(make_model: Make, train_digits: ImageTensors) -> None:
