@@ -83,6 +83,8 @@ def test_sgd_goes_along_the_gradient_and_the_decay(
 ) -> None:
     few = train_digits.select(torch.arange(64))
     model, other = make_model(), make_model()
+    for network in (model, other):
+        network.get_submodule("dropout").p = 0.0
     options = {"epochs": 1, "batch_size": 64, "schedule": "constant"}
     fit(model, few, optimizer="sgd", lr=0.1, weight_decay=0.01, **options)
     other.train()
