@@ -1,4 +1,4 @@
-"""Merging convolutional networks: pools, algorithms, and what came out.
+"""Merging convolutional networks: pools, algorithms and results.
 
 The public names are resolved on first use, so that ``import fusion`` costs no torch.
 """

@@ -1,4 +1,4 @@
-"""Whether a value is what an annotation says, and the words for it where it is not.
+"""Check values against annotations, and describe mismatches in words.
 
 Annotations are read as type checkers read them, with three differences. A ``bool`` is no number and
 a ``float`` is finite. A list stands for any ``Sequence`` or ``tuple``, since YAML has no other. And
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, Union
 
 from fusion.errors import shown, suggestion
 
-_SHORT = reprlib.Repr()  # however large or deep a value is
+_SHORT = reprlib.Repr()  # limit for values of any size or depth
 _SHORT.maxstring = 60
 _SHORT.maxlevel = 2
 
@@ -50,7 +50,7 @@ _WORDS: dict[object, tuple[str, str]] = {  # one of them, and several
 
 
 class Limit:
-    """What an annotation adds to a kind: ``Annotated[float, Within(least=0)]``."""
+    """Limit that an annotation adds to a kind: ``Annotated[float, Within(least=0)]``."""
 
     def allows(self, value: Any) -> bool:
         """Return whether a value of the kind is allowed."""
@@ -63,13 +63,13 @@ class Limit:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A value that is not what an annotation says.
+    """A value that does not match its annotation.
 
     Attributes:
         value: the value.
-        wanted: words for what the annotation says.
+        wanted: the annotation in words.
         at: where in a list or mapping the value is, such as ``"[1]"``; empty for the whole.
-        choices: the words that would have been right, if it has to be one of a few.
+        choices: the valid words, if it has to be one of a few.
     """
 
     value: object
@@ -78,7 +78,7 @@ class Misfit:
     choices: tuple[str, ...] = ()
 
     def sentence(self, option: str) -> str:
-        """Return what is wrong with ``option``: its name, what came, and what is allowed."""
+        """Return the message on ``option``: its name, the given value, and the allowed ones."""
         hint = suggestion(self.value, self.choices) if isinstance(self.value, str) else ""
         if isinstance(self.value, float) and self.value.is_integer() and "whole" in self.wanted:
             hint = f", written {int(self.value)}"
@@ -86,7 +86,7 @@ class Misfit:
 
 
 def misfit(value: object, annotation: Any) -> Misfit | None:
-    """Return in what ``value`` is not what ``annotation`` says, or ``None`` where it is."""
+    """Return the mismatch of ``value`` and ``annotation``, or ``None`` if it matches."""
     annotation = type(None) if annotation is None else annotation
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -98,7 +98,7 @@ def misfit(value: object, annotation: Any) -> Misfit | None:
         found = [misfit(value, kind) for kind in args]
         if None in found:
             return None
-        # Of a list with one wrong entry, say which one.
+        # For a list with one wrong entry, name that entry.
         inside = [wrong for wrong in found if wrong is not None and wrong.at]
         return inside[0] if inside else _whole(value, annotation, fits=False)
     if origin is Literal:

@@ -1,4 +1,4 @@
-"""What can be wrong with a run, found before it starts: pool, tasks and data against each other."""
+"""Checks of a run before it starts: pool, tasks and data against each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuning
 
 _PASS_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""What a forward pass raises when it meets images that do not fit."""
+"""Exceptions of a forward pass on images that do not fit."""
 
 
 def check_run(
@@ -34,7 +34,7 @@ def check_run(
     alone where that is possible.
 
     Raises:
-        UserError: says what does not fit and the cure.
+        UserError: the parts do not fit together.
     """
     algorithm.check_pool(pool)
     check_data(pool)
@@ -52,7 +52,7 @@ def check_data(pool: BaseModelPool) -> None:
     """Check that the images of the members fit the network, and their classes its outputs.
 
     Raises:
-        UserError: names the member and what does not fit.
+        UserError: a member does not fit.
     """
     seen: set[tuple[str, int]] = set()
     for name in pool.all_model_names:
@@ -77,8 +77,8 @@ def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
     """Check that the tasks can be evaluated on networks of this pool.
 
     Raises:
-        UserError: a task pool of one's own whose ``evaluate`` cannot be called, images that do not
-            fit the network, or classes that no member knows.
+        UserError: a custom task pool whose ``evaluate`` cannot be called, images that do not
+            fit the network, or classes unknown to all members.
     """
     signature = inspect.signature(tasks.evaluate)
     try:
@@ -107,7 +107,7 @@ def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
 
 
 def outputs_for(pool: BaseModelPool, name: str, dataset: Any, what: str) -> int | None:
-    """Return how many outputs a member has for an image; ``None`` where they are no row of scores.
+    """Return the number of outputs of a member; ``None`` if they are not a row of scores.
 
     Raises:
         UserError: the image does not pass through the member's architecture.
@@ -137,10 +137,10 @@ def outputs_for(pool: BaseModelPool, name: str, dataset: Any, what: str) -> int 
 
 
 def _answered(known: Mapping[str, LabelSpace | None], classes: LabelSpace) -> bool:
-    """Return whether somebody may know the classes: a member, or the experts together."""
+    """Return whether a member, or the experts together, may have the classes."""
     spaces = [space for space in known.values() if space is not None]
     if len(spaces) < len(known):
-        return True  # a member whose classes nobody knows: decided by the number of its outputs
+        return True  # a member of unknown classes: decided by the number of its outputs
     if any(space.covers(classes) for space in spaces):
         return True
     experts = [

@@ -1,4 +1,4 @@
-"""Where the YAML files of this package lie."""
+"""Location of the YAML files of this package."""
 
 from __future__ import annotations
 

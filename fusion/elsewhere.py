@@ -1,4 +1,4 @@
-"""What methods and options are called elsewhere, to point from there to here."""
+"""Names of methods and options in other projects, for hints in messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 def choice_hint(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the choice that ``name`` stands for, or ``""``."""
+    """Return ``"; did you mean 'x'?"`` for the choice equivalent to ``name``, or ``""``."""
     known = list(known)
     ours = METHODS.get(name)
     return f"; did you mean '{ours}'?" if ours in known else suggestion(name, known)

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one clear sentence."""
+"""Errors for mistakes of the user, with one clear sentence each."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake of the caller: what is wrong, where, and the cure.
+    """A mistake of the caller: the problem, its place, and the remedy.
 
-    The command line prints the message alone and exits with code 2; everything else that is
-    raised counts as an internal error and keeps its traceback.
+    The command line prints the message alone and exits with code 2. All other exceptions are
+    internal errors and keep their traceback.
     """
 
 
 class NotApplicableError(UserError):
-    """A method that this pool is no case for: it has no base, or no images of its own.
+    """A method that does not apply to a pool, for example without a base or without images.
 
-    A sweep over methods and pools meets such pairs; its summary counts them apart from failures.
+    A sweep over methods and pools contains such pairs; its summary counts them separately.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what ``error`` says, or its type where it says nothing."""
+    """Return the first line of the message of ``error``, or its type if that is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def shown(text: str, limit: int = 60) -> str:
-    """Return text that somebody else wrote as a message shows it: one line, bounded, printable."""
+    """Return foreign text in a form for messages: one line, bounded, printable."""
     text = text if len(text) <= limit else f"{text[:limit]}…"
     return text if text.isprintable() else ascii(text)[1:-1]
 
@@ -42,7 +42,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def check_choice(option: str, value: object, known: Sequence[str]) -> None:
-    """Check that ``value`` is one of the words that ``option`` knows.
+    """Check that ``value`` is one of the choices of ``option``.
 
     Raises:
         UserError: it is not; names the nearest.

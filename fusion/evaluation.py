@@ -1,4 +1,4 @@
-"""Which networks of a run are measured, and what their accuracies mean beside the experts'."""
+"""Evaluation of the networks of a run, and their accuracies relative to the experts'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENSEMBLE = "ensemble"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """Results of an evaluation.
 
     Attributes:
         results: name → task → metric → number.
@@ -63,13 +63,13 @@ def evaluate_run(
     *,
     finetuned: nn.Module | None = None,
 ) -> Evaluation:
-    """Measure the members and their ensemble (when asked), the algorithm's controls, the result.
+    """Measure the members and their ensemble (if requested), the controls and the result.
 
     Args:
         model: the result.
-        algorithm: made it, and names its controls.
+        algorithm: the algorithm that made it, with its controls.
         pool: the members.
-        tasks: what measures.
+        tasks: the task pool.
         finetuned: the result after fine-tuning.
     """
     labels = algorithm.result_labels(pool)
@@ -91,7 +91,7 @@ def evaluate_run(
         if found or name == MERGED
     }
     if not results[MERGED]:
-        log.warning("The result answers no task: none asks for classes that it knows")
+        log.warning("The result answers no task: it has the classes of none")
     experts = own_experts(pool, tasks)
     shares = {
         name: {

@@ -43,8 +43,8 @@ def export(
         the path of the written file.
 
     Raises:
-        UserError: the file cannot be read, has no such task, or ``to`` has another ending or is
-            there already.
+        UserError: the file cannot be read, has no such task, or ``to`` has another ending or exists
+            already.
     """
     to = Path(to)
     if to.suffix not in FORMATS:

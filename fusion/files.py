@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files, and locks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PATIENCE = 5.0  # seconds of waiting for another process before the log says so
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its name when the block ends well.
+    """Yield a temporary path next to ``path``, renamed to it when the block succeeds.
 
-    The temporary file has the suffix of ``path`` (writers that look at it still work). If the
+    The temporary file has the suffix of ``path`` (for writers that depend on it). If the
     block raises, or the process dies, ``path`` is as it was before.
     """
     path = Path(path)
@@ -44,11 +44,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def only_one(path: str | Path, name: str) -> Iterator[None]:
-    """Hold the lock of what is kept at ``path``; the log says what is waited for.
+    """Hold the lock of ``path``; waiting is logged.
 
     Args:
-        path: the file or folder; the lock is a file beside it.
-        name: what the log calls it.
+        path: the file or folder; the lock is a file next to it.
+        name: its name in the log.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def only_one(path: str | Path, name: str) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    """Write ``text`` as UTF-8 to ``path`` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def require_writable_folder(folder: str | Path, option: str = "output_path") -> Path:
-    """Prove that files can be written to ``folder``; nothing is left behind, nor made, for that.
+    """Check that files can be written to ``folder``, without creating or leaving anything.
 
     Raises:
         UserError: the folder cannot be made or written to; the message names ``option``.

@@ -1,4 +1,4 @@
-"""What the outputs of a network stand for: the classes of a task, in order."""
+"""Label spaces: the classes of a task, in the order of a network's outputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fusion.errors import UserError
 class LabelSpace:
     """The classes of one task, in the order of a network's outputs.
 
-    Two classes are the same where their names are equal. Where one side knows no names, their
-    original labels decide: the numbers that the full data set gives to its classes. Such numbers
-    mean nothing across two different tasks, so two spaces without names that belong to tasks of
+    Two classes are the same where their names are equal. If one side has no names, their original
+    labels decide: the numbers that the full data set gives to its classes. Such numbers mean
+    nothing across two different tasks, so two spaces without names that belong to tasks of
     different names have no class in common.
 
     Attributes:
         labels: original label of each class; ``None`` where only names are known.
         names: name of each class; ``None`` where only original labels are known.
-        task: name of the task, where somebody gave one.
+        task: name of the task, if given.
 
     Raises:
         UserError: no classes, a class that stands twice, or names and labels of different number.
@@ -77,11 +77,11 @@ class LabelSpace:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """What to call each class in a table."""
+        """Name of each class in a table."""
         return self.names if self.names is not None else tuple(map(str, self.labels or ()))
 
     def positions(self, other: LabelSpace) -> list[int] | None:
-        """Return where each class of ``other`` stands here, or ``None`` if one is unknown."""
+        """Return the position of each class of ``other``, or ``None`` if one is unknown."""
         mine, theirs = self._comparable(other)
         place = {value: index for index, value in enumerate(mine)}
         if not theirs or any(value not in place for value in theirs):
@@ -145,7 +145,7 @@ class LabelSpace:
         return _listed(self.shown)
 
     def _comparable(self, other: LabelSpace) -> tuple[Sequence[object], Sequence[object]]:
-        """Return both sides' classes in the terms that both know; nothing where there are none."""
+        """Return both sides' classes as names or labels, whichever both have; nothing otherwise."""
         if self.names is not None and other.names is not None:
             return self.names, other.names
         apart = self.task is not None and other.task is not None and self.task != other.task

@@ -1,12 +1,12 @@
-"""The house's words for what an option may be, and the check of a constructor's arguments.
+"""Types of options, and the check of a constructor's arguments.
 
-A constructor says by its annotations what it takes, and ``@checked`` holds it to that: the same
-sentence answers ``SNRSelectiveMerge(top_p=2)`` and ``method.top_p=2``. (:func:`fusion.target.build`
-checks whatever a YAML file names, marked or not.)
+A constructor declares its options by annotations, and ``@checked`` enforces them, with the same
+message for ``SNRSelectiveMerge(top_p=2)`` and ``method.top_p=2``. (:func:`fusion.target.build`
+checks every target of a YAML file, decorated or not.)
 
-Why no library does this: ``pydantic.validate_call`` cannot read names that are imported for type
-checkers only, turns a constructor's own data classes into schemas, and speaks of "input_value" in
-three lines to a user who has to be told one option, one value and one cure.
+No library is used because ``pydantic.validate_call`` cannot read names that are imported for type
+checkers only, turns a constructor's own data classes into schemas, and reports "input_value" in
+three lines instead of one option, one value and one remedy.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Within(Limit):
 
     Args:
         least: the smallest number.
-        above: what the number is larger than.
+        above: exclusive lower bound.
         most: the largest number.
-        below: what the number is smaller than.
+        below: exclusive upper bound.
     """
 
     least: float | None = None
@@ -65,7 +65,7 @@ class Within(Limit):
 
 @dataclass(frozen=True)
 class Length(Limit):
-    """How long a text, a list or a mapping is.
+    """The length of a text, a list or a mapping.
 
     Args:
         least: the smallest length.
@@ -76,12 +76,12 @@ class Length(Limit):
     exactly: int | None = None
 
     def allows(self, value: Any) -> bool:
-        """Return whether ``value`` is so long."""
+        """Return whether ``value`` has that length."""
         length = len(value) if isinstance(value, Sized) else 1  # a path
         return length >= self.least and self.exactly in (None, length)
 
     def words(self, phrase: str, value: object) -> str:
-        """Return words for something, such as "a list of numbers", that is so long."""
+        """Return words for a value, such as "a list of numbers", of that length."""
         del value
         if self.exactly is not None:
             return phrase.replace("a list of", f"a list of {self.exactly}")
@@ -110,7 +110,7 @@ Count = Annotated[int, Within(least=1, most=LARGEST)]
 Whole = Annotated[int, Within(least=0, most=LARGEST)]
 """How many, or none."""
 SampleSize = Annotated[int, Within(least=2, most=LARGEST)]
-"""How many images statistics are measured on: a variance takes two."""
+"""Number of images for statistics; a variance needs two."""
 Units = Annotated[int, Within(least=1, most=2**24)]
 """Channels or outputs of a layer; beyond 2**24 no layer has any."""
 Pixels = Annotated[int, Within(least=1, most=65_535)]
@@ -118,7 +118,7 @@ Pixels = Annotated[int, Within(least=1, most=65_535)]
 Width = Annotated[float, Within(above=0, most=100_000)]
 """Factor on the channels of every layer."""
 Seed = Annotated[int, Within(least=0, most=LARGEST)]
-"""What random numbers start from."""
+"""Seed of random numbers."""
 Positive = Annotated[float, Within(above=0)]
 NonNegative = Annotated[float, Within(least=0)]
 Share = Annotated[float, Within(least=0, most=1)]
@@ -133,7 +133,7 @@ Classes = Annotated[Sequence[int | str], NON_EMPTY]
 ImageShape = Annotated[Sequence[Count], Length(exactly=3)]
 """Channels, height and width."""
 TargetMapping = Annotated[Mapping[str, Any], NamesTarget()]
-"""What :func:`fusion.target.build` builds an object from."""
+"""Mapping from which :func:`fusion.target.build` builds an object."""
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -170,7 +170,7 @@ def _checked(function: Callable[..., Any], owner: Callable[..., Any]) -> Callabl
     def call(*args: Any, **options: Any) -> Any:
         try:
             bound = signature.bind(*args, **options)
-        except TypeError:  # the call itself says it best
+        except TypeError:  # the call itself raises the clearest error
             return function(*args, **options)
         if not annotations:
             annotations.update({first: Any}, **annotations_of(owner))
@@ -188,9 +188,9 @@ def check_option(owner: str, parameter: inspect.Parameter, annotation: Any, valu
 
     Args:
         owner: whose option it is, for the message.
-        parameter: the option; its own default is right whatever its annotation says.
-        annotation: what it may be.
-        value: what came.
+        parameter: the option; its own default is always valid.
+        annotation: its annotation.
+        value: its value.
 
     Raises:
         UserError: it is something else.

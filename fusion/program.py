@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOG_FORMAT = "[%(asctime)s] %(message)s"  # what the command line's own process shows
+_LOG_FORMAT = "[%(asctime)s] %(message)s"  # the log level of the command line's own process
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made: the network and everything measured of it.
+    """Outcome of a run: the network and all measurements.
 
     Attributes:
-        model: the network; None where several processes made it: it is in the run folder.
-        report: what ``report.json`` holds.
+        model: the network; None if several processes made it; it is in the run folder then.
+        report:
+            the content of ``report.json``.
     """
 
     model: nn.Module | None
@@ -65,7 +66,7 @@ class _Parts:
 
 
 class FusionProgram:
-    """Take a pool, run an algorithm on it, save and measure what came out.
+    """Run an algorithm on a pool, then save and measure the result.
 
     ``method``, ``modelpool``, ``taskpool`` and ``fabric`` are objects, or mappings with
     ``_target_`` that build them; several processes need mappings.
@@ -73,16 +74,17 @@ class FusionProgram:
     Args:
         method: the algorithm.
         modelpool: the networks it takes.
-        taskpool: what measures them, or None.
-        finetune: how the result is trained further, on the pool's training data, or None.
-        fabric: Lightning's Fabric: devices, precision, loggers; None is one device, the best.
+        taskpool: the tasks that measure them, or None.
+        finetune: further training of the result on
+            the pool's training data, or None.
+        fabric: Lightning's Fabric: devices, precision, loggers; None is the best single device.
         output_path: the run folder.
         seed: seeds everything that is random.
-        dry_run: check everything, start nothing, leave nothing behind.
-        report_save_path, merged_model_save_path: where the report and the model go instead.
+        dry_run: check everything without running or writing anything.
+        report_save_path, merged_model_save_path: paths of the report and the model instead.
         overwrite: whether a finished run in that folder may be replaced.
         config: the configuration as text (YAML), written to the run folder.
-        choices: what was chosen by name (method, modelpool, …), for the report.
+        choices: choices by name (method, modelpool, …), for the report.
     """
 
     @checked
@@ -124,7 +126,7 @@ class FusionProgram:
         """Check, merge, save, measure; return the outcome, or None after a dry run.
 
         Raises:
-            UserError: something is wrong with what the user gave, found before any work.
+            UserError: a mistake of the user, found before any work.
         """
         parts = self._parts()
         self.folder.check(tables=parts.algorithm.output_path)
@@ -156,10 +158,10 @@ class FusionProgram:
         return outcome or Outcome(None, self.folder.load_report())
 
     def _run_in_launched_process(self, fabric: Fabric, working: Path) -> None:
-        """Do the run in one of several processes; its outcome is what it writes.
+        """Run in one of several processes; the outcome is written to files.
 
-        What processes return passes through a pipe that nobody reads before they have ended, and
-        blocks them when it is full.
+        Return values of processes pass through a pipe that is only read after they have ended, and
+        would block them when it is full.
         """
         self._run_in_process(fabric, working)
 
@@ -250,7 +252,7 @@ class FusionProgram:
             )
 
     def _metadata(self, algorithm: BaseAlgorithm, pool: BaseModelPool) -> dict[str, str]:
-        """Return what a network's file says of the run that made it."""
+        """Return the metadata of the run for the network's file."""
         provenance = self._provenance(algorithm, pool)
         return {"provenance": json.dumps(provenance, default=str, sort_keys=True)}
 
@@ -279,7 +281,7 @@ class FusionProgram:
         return self._built
 
     def _options(self) -> dict[str, Any]:
-        """Return the options of what was given as a mapping, the choices of a run as data."""
+        """Return the options of the objects given as mappings, as data."""
         given = {"method": self._method, "finetune": self._finetune}
         return {
             name: {key: value for key, value in spec.items() if not key.startswith("_")}
@@ -291,8 +293,8 @@ class FusionProgram:
         """Build the Fabric; several processes are spawned, not the command run again.
 
         Args:
-            working: where the run folder is put together, and loggers write that write to it;
-                ``None`` leaves the loggers out, to see whether the Fabric can be made at all.
+            working: the folder in which the run is assembled, and to which its loggers write;
+                ``None`` omits the loggers, to check whether the Fabric can be built.
         """
         from lightning.fabric import Fabric
 

@@ -1,4 +1,4 @@
-"""Everything a run leaves: whole files in one folder, all of them or none."""
+"""The folder of a run, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LIBRARY = "fusion-cnn"
 CARD_START = f"---\nlibrary_name: {LIBRARY}\n"
 LOG = "fusion_bench.log"
 COMMAND = "command.txt"  # of a sweep, in the folder of all its jobs
-ERROR = "error.json"  # what a job of a sweep leaves that failed
-UNFINISHED = "unfinished"  # folder for what a run made that failed after its merge
+ERROR = "error.json"  # left by a failed job of a sweep
+UNFINISHED = "unfinished"  # folder for the files of a run that failed after its merge
 FILES = "files"  # entry of the report: name of a file -> its size and SHA-256
 
 WORKING = ".running-"  # folder in which a run is written; its files move when all are there
@@ -39,7 +39,7 @@ READY = ".ready-"  # the same once the run is whole
 _REPLACES = ".replaces.json"  # in it: the files of an earlier run that go
 _LOCK = ".lock"
 _HOLDER = ".lock.json"  # who holds the lock
-# What may lie in a folder beside a run's own files: of a failed job, of a sweep, of Hydra.
+# Files allowed in a folder in addition to a run's own: of a failed job, of a sweep, of Hydra.
 _ALLOWED = (ERROR, COMMAND, UNFINISHED, "multirun.yaml", LOG)
 
 
@@ -47,14 +47,16 @@ class RunFolder:
     """The folder of one run.
 
     A run is written into a hidden folder inside and moved when it is whole, its report last: an
-    earlier run in the folder stays whole until then, and a run that is killed leaves nothing that
-    could be taken for a result. A lock keeps two runs apart.
+    earlier run in the folder stays complete until then, and a killed run leaves nothing that could
+    be taken for a result. A lock excludes concurrent runs.
 
     Args:
-        path: the folder; made when it is first written to.
-        report_path: where the report goes instead of ``<path>/report.json``.
-        model_path: where the model goes instead of ``<path>/merged.safetensors``.
-        overwrite: whether a finished run that lies there may be replaced.
+        path: the folder; created when it is first written to.
+        report_path: path of the report instead of ``<path>/report.json``.
+        model_path: path of the
+            model instead of ``<path>/merged.safetensors``.
+        overwrite: whether a finished run there
+            may be replaced.
     """
 
     def __init__(
@@ -77,8 +79,8 @@ class RunFolder:
             tables: the folder to which the algorithm writes instead (``method.output_path``).
 
         Raises:
-            UserError: a folder cannot be written to, something is there already, another run
-                writes to it, or two of the paths are the same.
+            UserError: a folder cannot be written to, a file exists already, another run writes to
+                it, or two of the paths are the same.
         """
         self._check_paths()
         if tables is not None:
@@ -115,8 +117,8 @@ class RunFolder:
     def writing(self) -> Iterator[Path]:
         """Hold the folder's lock, and yield the folder into which the run is written.
 
-        When the block ends well, its files move to where they belong. When it fails after the
-        model was written, they are kept in the folder ``unfinished``; else nothing is left.
+        When the block succeeds, its files are moved to their final places. When it fails after the
+        model was written, they are kept in the folder ``unfinished``; otherwise nothing is left.
 
         Raises:
             UserError: another run holds the lock.
@@ -151,7 +153,7 @@ class RunFolder:
             log.info("Saved %s", path)
 
     def _elsewhere(self) -> dict[str, Path]:
-        """Return option → path of what does not lie in the folder under its own name."""
+        """Return option → path of files outside of the folder or under another name."""
         return {
             option: path
             for option, path, name in (
@@ -196,7 +198,7 @@ class RunFolder:
             raise UserError(f"{option}: '{folder}' holds another run; choose a folder without one")
 
     def _publish(self, working: Path) -> None:
-        """Move a whole run to where it belongs: files named elsewhere, then all others."""
+        """Move a complete run to its final place: files with explicit paths, then all others."""
         for option, path in self._elsewhere().items():
             written = working / (REPORT if option == "report_save_path" else MODEL)
             if written.is_file():
@@ -216,7 +218,7 @@ class RunFolder:
         kept = self.path / UNFINISHED
         shutil.rmtree(kept, ignore_errors=True)
         working.rename(kept)
-        log.error("The run failed after its merge; what it made is kept in %s", kept)
+        log.error("The run failed after its merge; its files are kept in %s", kept)
 
 
 def save_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -234,11 +236,11 @@ def save_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def finished_report(folder: Path, *, changed: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Return the report of a run whose files are all there and whole; ``None`` otherwise.
+    """Return the report of a run whose files are all present and undamaged; ``None`` otherwise.
 
     Args:
         folder: the run's.
-        changed: names of files that somebody may have changed since.
+        changed: names of files that may have been changed since.
     """
     recover(folder)
     try:
@@ -257,7 +259,7 @@ def finished_report(folder: Path, *, changed: Sequence[str] = ()) -> dict[str, A
 
 
 def recover(folder: Path) -> None:
-    """Finish moving in a run that was whole when its process died."""
+    """Finish moving a run that was complete when its process died."""
     if folder.is_dir() and (ready := list(folder.glob(f"{READY}*"))):
         with _locked(folder):
             for run in ready:
@@ -268,7 +270,7 @@ def recover(folder: Path) -> None:
 def _move_in(ready: Path, folder: Path) -> None:
     """Replace the run in ``folder`` by the whole one in ``ready``, its report last.
 
-    A process that dies on the way leaves ``ready`` and no report; the next one goes on.
+    A process that dies meanwhile leaves ``ready`` and no report; the next one continues.
     """
     report = ready / REPORT
     new = {p.relative_to(ready).as_posix() for p in ready.rglob("*") if p.is_file()}
@@ -276,7 +278,7 @@ def _move_in(ready: Path, folder: Path) -> None:
         old = json.loads((ready / _REPLACES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{ready}' does not say which files it replaces; remove it") from error
-    for name in (*old, *new):  # the folder may be somebody else's
+    for name in (*old, *new):  # the folder may be of other origin
         if not _is_inside(folder, name):
             raise UserError(
                 f"'{ready}' would change '{shown(str(name))}' outside of its folder; remove it"
@@ -292,7 +294,7 @@ def _move_in(ready: Path, folder: Path) -> None:
     (folder / ERROR).unlink(missing_ok=True)
     if report.is_file():
         report.replace(folder / REPORT)
-    # What is left has no meaning any more: under this name the next run removes it.
+    # The rest is obsolete: under this name the next run removes it.
     leftover = ready.with_name(ready.name.replace(READY, WORKING, 1))
     ready.rename(leftover)
     shutil.rmtree(leftover)
@@ -305,7 +307,7 @@ def _is_card(path: Path) -> bool:
 
 
 def _files_of_run(folder: Path) -> set[str]:
-    """Return the files that the report in ``folder`` counts as its run's."""
+    """Return the files that the report in ``folder`` lists."""
     try:
         files = set(json.loads((folder / REPORT).read_text(encoding="utf-8"))[FILES])
     except (OSError, ValueError, KeyError, TypeError):
@@ -321,7 +323,7 @@ def _is_inside(folder: Path, name: object) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what earlier runs left that were killed; the caller holds the lock."""
+    """Remove leftovers of killed runs; the caller holds the lock."""
     for leftover in folder.glob(f"{WORKING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -345,7 +347,7 @@ def _locked(folder: Path) -> Iterator[None]:
             "host": socket.gethostname(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        # Not by a temporary file, which a kill would leave: who reads half of it takes it for none.
+        # Not by a temporary file, which a kill would leave; a partial file reads as none.
         (folder / _HOLDER).write_text(json.dumps(mine), encoding="utf-8")
         yield
     finally:

@@ -1,12 +1,11 @@
 """Build the object that a mapping with ``_target_`` describes.
 
-The registry of this package is the import path: a mapping with ``_target_``, the path of a class
-or function, and its options beside it. Mappings and lists nested in the options are built first,
-unless ``_recursive_`` is false; ``_args_`` are positional; ``_partial_`` returns the callable
-unfinished.
+The registry of this package is the import path: a mapping with ``_target_``, the path of a class or
+function, and its options. Mappings and lists nested in the options are built first, unless
+``_recursive_`` is false; ``_args_`` are positional; ``_partial_`` returns the callable unfinished.
 
-These are Hydra's words with Hydra's meaning, read here without Hydra so that plain Python and a
-YAML file say the same thing.
+The keys have Hydra's meaning, but are read without Hydra, so that plain Python and a YAML file are
+equivalent.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _WORDS: dict[str, Any] = {
     "_recursive_": bool,
     "_convert_": Any,
 }
-# What a constructor raises that makes nothing of its options. (RuntimeError has other reasons: some
-# constructors cannot work on the meta device.)
+# Exceptions of constructors for invalid options. (RuntimeError has other reasons: some constructors
+# cannot work on the meta device.)
 _REFUSALS = (
     TypeError,
     ValueError,
@@ -80,7 +79,7 @@ def build(spec: Mapping[str, Any], /, **more: Any) -> Any:
     except UserError:
         raise
     except _REFUSALS as error:
-        if not _is_installed(target):  # what goes wrong in the user's own code is theirs to see
+        if not _is_installed(target):  # errors in the user's own code keep their traceback
             raise
         raise refusal(where, options, error) from error
 
@@ -138,12 +137,12 @@ def locate(path: str) -> Callable[..., Any]:
 
 
 def refusal(where: str, options: Mapping[str, Any], error: Exception) -> UserError:
-    """Return the sentence on somebody else's constructor that makes nothing of its options.
+    """Return the message on a foreign constructor that rejects its options.
 
     Args:
         where: import path of the constructor.
         options: what it was called with.
-        error: what it raised.
+        error: its exception.
     """
     given = ", ".join(f"{name}={told(value)}" for name, value in options.items()) or "no options"
     missing = next((name for name in _EXTRAS if name in str(error).lower()), "")
@@ -154,7 +153,7 @@ def refusal(where: str, options: Mapping[str, Any], error: Exception) -> UserErr
 
 
 def to_install(package: str) -> str:
-    """Return how to install an optional package; nothing where it is none of ours."""
+    """Return how to install an optional package; empty for other packages."""
     extra = _EXTRAS.get(package)
     return "" if extra is None else f" (pip install 'fusion-cnn[{extra}]')"
 
@@ -177,7 +176,7 @@ def check_options(
     """
     try:
         signature = inspect.signature(target)
-    except ValueError:  # some builtins show no signature: the call itself will tell
+    except ValueError:  # some builtins show no signature: the call itself raises
         return
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

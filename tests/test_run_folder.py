@@ -130,7 +130,7 @@ def test_a_finished_merge_is_kept_though_its_evaluation_fails(tmp_path, caplog) 
         fail()
     assert (tmp_path / "unfinished" / "merged.safetensors").read_text() == "hours of work"
     assert finished_report(tmp_path) is None
-    assert "is kept in" in caplog.text
+    assert "are kept in" in caplog.text
     do_run(tmp_path)  # the next run may use the folder, and replaces what was left
     assert visible(tmp_path) == ["config.yaml", "merged.safetensors", "report.json"]
 

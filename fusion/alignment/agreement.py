@@ -1,4 +1,4 @@
-"""What two networks are compared by: their weights, or their activations on the same images."""
+"""Comparison of two networks by weights, or by activations on the same images."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def by_weights(
     """Compare the parameters along every axis that the spec names.
 
     Each tensor is divided by its root mean square, so that it counts by its number of elements,
-    whatever its scale: the likelihood under noise relative to each tensor.
-    (In a plain sum, the few large scales of a batch norm outvote the thousand small weights that
-    they belong to.) The objective is then a mean cosine. Running statistics describe data, not
-    the function's form, and do not count; nor do tensors whose shapes differ (heads).
+    whatever its scale: the likelihood under noise relative to each tensor. (In a plain sum, the few
+    large scales of a batch norm outweigh the thousand small weights of its layer.) The objective is
+    then a mean cosine. Running statistics describe the data and are ignored, and so are tensors
+    whose shapes differ (heads).
     """
     ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
     keys = [
@@ -112,10 +112,10 @@ def _correlations(
     """Return for each weight (channels, channels): model's channel by reference's channel.
 
     Args:
-        models: Each with what is watched of it.
+        models: Each with its watched modules.
         reference: Runs once for all models; as one of them, it is compared with itself.
         data: Batches of images.
-        device: Where the networks are.
+        device: Device of the networks.
     """
     moments = [{key: _Moments() for key in watched} for _, watched in models]
     everything = {key: place for _, watched in models for key, place in watched.items()}

@@ -1,4 +1,4 @@
-"""Bring a network's units into the order of a reference, without changing what it computes."""
+"""Align the units of a network with those of a reference, without changing its function."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ By = Literal["weights", "activations"]
 
 @dataclass(frozen=True)
 class GroupAlignment:
-    """What alignment did to one group.
+    """Effect of alignment on one group.
 
     Attributes:
         group: Name of the group.
         kind: ``units`` or ``blocks``.
         size: Number of units (or blocks).
-        moved: How many of them changed place.
-        gain: What the moves of this group added to the objective.
+        moved: Number of them that changed place.
+        gain: What the moves of this group added to the
+            objective.
     """
 
     group: str
@@ -49,14 +50,14 @@ class Alignment:
     """A network in the order of its reference.
 
     Attributes:
-        model: The aligned network; it computes what the network given computed.
+        model: The aligned network, with the same function as the given one.
         permutations: Group name -> permutation, as `apply_permutation` takes them.
         objective_before: Mean cosine of the weights (``by="weights"``), or mean correlation of the
             units (``by="activations"``), with the reference.
         objective_after: The same, aligned; never smaller.
         groups: One row for each group, in the order of the forward pass.
         sweeps: Sweeps of the descent that was kept.
-        cycle_consistency: See `cycle_consistency`; None where it was not asked for.
+        cycle_consistency: See `cycle_consistency`; None if not requested.
     """
 
     model: nn.Module
@@ -93,7 +94,7 @@ def align(
     device: torch.device | str | None = None,
     cycle: bool = False,
 ) -> Alignment:
-    """Permute the units of ``model`` so that it agrees with ``reference`` as well as possible.
+    """Permute the units of ``model`` so that its agreement with ``reference`` is largest.
 
     Neither network is changed. The result depends on the networks, the data and ``seed`` only. The
     reference itself stays as it is.
@@ -108,7 +109,7 @@ def align(
         seed: Order of the groups in the sweeps.
         max_sweeps: Bound on the sweeps of each descent.
         device: Where to compute; the model's own device by default.
-        cycle: Whether to say how far aligning the reference to the model would undo it.
+        cycle: Whether to measure `cycle_consistency`.
 
     Raises:
         UserError: architectures that differ, training mode, weights that are not finite, an option
@@ -163,7 +164,7 @@ def align_all(
     model that is ``reference`` itself is neither run again nor moved.
 
     Raises:
-        UserError: as `align` does, with the name of the model in front of what is wrong with it.
+        UserError: as in `align`, with the name of the model in front of the message.
 
     Example::
 
@@ -214,10 +215,10 @@ def cycle_consistency(
     max_sweeps: int = MAX_SWEEPS,
     device: torch.device | str | None = None,
 ) -> float:
-    """Align model to reference and reference to model: how far from nothing is that together?
+    """Return the mean squared difference between a model and its image under both alignments.
 
     Both directions are matched by the same comparison: each network sees ``data`` once. The options
-    are those of `align`, which returns this beside the alignment with ``cycle=True``.
+    are those of `align`, which returns this value in addition to the alignment with ``cycle=True``.
 
     Returns:
         Mean squared difference between the model's parameters and the same after both
@@ -268,7 +269,7 @@ def _matchings(
     max_sweeps: int,
     device: torch.device | str | None,
 ) -> list[Matching]:
-    """Return the problem of aligning each model; they have the symmetries in common."""
+    """Return the alignment problem of each model; all share the symmetries."""
     own = next(models[0].parameters(), torch.empty(0)).device
     where = exact_device(device if device is not None else own)
     options: dict[str, Any] = {"seed": seed, "max_sweeps": max_sweeps, "device": where}

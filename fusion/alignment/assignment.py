@@ -1,4 +1,4 @@
-"""The permutation that pairs units best, given how much each pair of them agrees."""
+"""Linear assignment: the permutation of units with the largest total agreement."""
 
 from __future__ import annotations
 

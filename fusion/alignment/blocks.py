@@ -49,7 +49,7 @@ def find_blocks(ledger: Ledger, units: Units) -> list[Ints]:
 
 
 class _Role(NamedTuple):
-    """Where a unit stands: in which partition, on which side, at which place of which block."""
+    """Position of a unit: partition, side, block and place in it."""
 
     partition: int
     side: int
@@ -72,7 +72,7 @@ def _roles(ledger: Ledger, units: Units) -> dict[int, list[_Role]]:
 
 
 def _first_colours(roles: Mapping[int, list[_Role]], units: Units) -> dict[int, int]:
-    """Number the units by what is demanded of them and by their roles, whatever the block."""
+    """Number the units by their demands and roles, regardless of the block."""
     return _numbered({
         unit: (int(units.outer[unit]), *sorted(role[:3] for role in played))
         for unit, played in roles.items()
@@ -80,7 +80,7 @@ def _first_colours(roles: Mapping[int, list[_Role]], units: Units) -> dict[int, 
 
 
 def _refined(roles: Mapping[int, list[_Role]], colour: dict[int, int]) -> dict[int, int]:
-    """Tell units apart by the blocks that they are in, and blocks by their units.
+    """Distinguish units by their blocks, and blocks by their units.
 
     Needed where blocks are nested: where each unit of a block makes a block of new units.
     """

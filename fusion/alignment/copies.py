@@ -1,4 +1,4 @@
-"""Copies of networks, also of those that hold on to a tensor that they computed."""
+"""Deep copies of networks, including those that hold computed tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Return what `copy.deepcopy` needs to know of tensors with a history, as its ``memo``.
+    """Return the ``memo`` of `copy.deepcopy` for tensors with a history.
 
     A weight that `torch.nn.utils.weight_norm` computed in the last forward pass is one: it cannot
-    be copied as it is, and is computed anew in the next.
+    be copied, and is computed again in the next.
     """
     return {
         id(value): value.detach().clone()

@@ -1,4 +1,4 @@
-"""An input for a network that came without one: the symmetries are found from shapes alone."""
+"""Example inputs for networks, sufficient to find symmetries from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusion.alignment.tracing import trace
 from fusion.alignment.untraceable import DoesNotFitError
 from fusion.errors import UserError
 
-# Sides of the square images that networks are made for: ImageNet, Inception v3, CIFAR, Tiny
+# Sides of the square images that networks are designed for: ImageNet, Inception v3, CIFAR, Tiny
 # ImageNet, MNIST, and scikit-learn's digits. Large ones first: where many sides fit, all give the
-# same symmetries, and where a network needs room to shrink the image, only they fit.
+# same symmetries, and networks that reduce the resolution often accept only these.
 SIDES = (224, 299, 32, 64, 28, 8)
 
 
 def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> Tensor:
-    """Return zeros of a shape that ``model`` takes, its batch axis 1, on the model's device.
+    """Return zeros of a shape that ``model`` accepts, with batch axis 1, on the model's device.
 
     The channels are those of the first convolution or linear layer that was registered, the sides
     the first of ``SIDES`` that fit. Only shapes are run: that costs as much as a trace.
@@ -54,10 +54,10 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Check that the forward pass depends on shapes only, as far as that can be told without data.
+    """Check that the forward pass depends on shapes only, as far as possible without data.
 
     Raises:
-        UserError: it asks for values. Nothing is raised where no shape that is tried fits.
+        UserError: it requires values. Nothing is raised if no tried shape fits.
     """
     for candidate in _guesses(model):
         try:

@@ -1,4 +1,4 @@
-"""How the units of several networks correlate on the same images, within and between networks."""
+"""Correlations of the units of several networks on the same images, within and between them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def feature_correlations(
 
     The features are the outputs of the convolutions and linear layers that make the units of a
     group, over all images and pixels; the correlations of several such layers (a residual stream)
-    are averaged. The images pass once, and no activation is kept longer than for one batch. Two
+    are averaged. The images are read once, and activations are kept for one batch only. Two
     units that do not vary count as equal: their correlation is 1, and 0 with all others.
 
     Args:

@@ -1,4 +1,4 @@
-"""Walks what was recorded of a forward pass and applies the rule of every operation."""
+"""Apply the rule of every operation of a recorded forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANY = 1_000_000  # elements of a constant from which on its values are not comp
 
 
 class Labeller:
-    """Fills a ledger; several recordings of one network may share it."""
+    """Fill a ledger, which several recordings of one network may share."""
 
     def __init__(self, model: nn.Module) -> None:
         self.ledger = Ledger()
@@ -139,7 +139,7 @@ class Labeller:
 
 
 def _leads_to(call: Call, read: set[int]) -> bool:
-    """Whether a call makes something that is ``read`` later on; then so are its arguments."""
+    """Whether a result of a call is ``read`` later on; then so are its arguments."""
     if read.isdisjoint(map(id, flat(call.result))):
         return False
     read.update(map(id, flat(dict(call.arguments))))
@@ -147,7 +147,7 @@ def _leads_to(call: Call, read: set[int]) -> bool:
 
 
 def _is_empty(op: Operation) -> bool:
-    """Whether something is made, or made of, nothing: on another input there might be elements."""
+    """Whether an argument or result has no elements, as it may on another input."""
     if op.name in ALIKE:
         return False
     made = [shape for shape, used in zip(op.shapes, op.used, strict=True) if used]
@@ -175,7 +175,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _groups(trace: Trace) -> dict[str, int]:
-    """Return the groups of the convolutions in which parameters serve, as they are or reshaped."""
+    """Return the groups of the convolutions that use parameters, reshaped or not."""
     origin = {id(tensor): key for key, tensor in trace.state.items()}
     found: dict[str, set[int]] = defaultdict(set)
     for call in trace.calls:

@@ -1,17 +1,17 @@
-"""Labels on a tensor: which units every element belongs to, and which of their elements it is.
+"""Labels of tensor elements: the units to which each belongs, and its place in them.
 
 A symmetry permutes *atoms*: the positions along the axes of parameters (`ledger`). An element of an
 activation belongs to one atom, its channel; an element of a weight to two, the channel it makes and
-the one it takes; an element of the input to none. Each of these is a *factor*: a tensor of atoms,
-0 where there is none. What else tells elements apart, such as the pixel, are the *sites*, integers
+the one it takes; an element of the input to none. Each of these is a *factor*: a tensor of atoms, 0
+where there is none. Other positions of an element, such as the pixel, are the *sites*, integers
 too. The two laws of a labelled tensor are
 
 1. elements with the same atoms and sites hold the same value;
 2. a symmetry takes the element of atoms (a, b, …) and sites s to one of atoms (ga, gb, …) and
    sites s.
 
-Operations that only move data act on the labels as on the data; all others state what they demand
-of the atoms (`ledger`) for the second law to hold of their result.
+Operations that only move data act on the labels as on the data; all others state their demands on
+the atoms (`ledger`), so that the second law holds for their result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Labels:
         shape: That of the tensor.
         factors: Tensors of atoms, each with length 1 along the axes along which it does not change.
         sites: Tensors of integers in the same form; two elements are at one site if all agree.
-        cause: What kept the elements that belong to no unit from belonging to one.
+        cause: The reason why elements without a unit belong to none.
     """
 
     shape: torch.Size
@@ -79,7 +79,7 @@ class Labels:
         return made(shape, factors, sites, self.cause)
 
     def lifted(self, rank: int) -> Labels:
-        """Return the same with axes of length 1 in front, ``rank`` in all."""
+        """Return the same with axes of length 1 in front, ``rank`` in total."""
         if rank == self.rank:
             return self
         ones = (1,) * (rank - self.rank)
@@ -118,7 +118,7 @@ def alike(shape: Sequence[int]) -> Labels:
 
 
 def grid(shape: Sequence[int], axes: Iterable[int]) -> tuple[Tensor, ...]:
-    """Return sites that tell the positions along ``axes`` apart."""
+    """Return sites that distinguish the positions along ``axes``."""
     return tuple(along(torch.arange(shape[a]), a, len(shape)) for a in axes if shape[a] > 1)
 
 
@@ -220,7 +220,7 @@ def pattern(sites: Sequence[Tensor], axes: Axes, rank: int) -> Tensor:
 
 
 def fibres(sites: Sequence[Tensor], over: Axes) -> tuple[Tensor, ...]:
-    """Return sites that tell apart what elements hold along the axes ``over``, now of length 1."""
+    """Return sites that distinguish elements by their labels along ``over``, now of length 1."""
     kept = [site for site in sites if not support(site) & over]
     crossing = [site for site in sites if support(site) & over and not support(site) <= over]
     if crossing:
@@ -230,7 +230,7 @@ def fibres(sites: Sequence[Tensor], over: Axes) -> tuple[Tensor, ...]:
 
 
 def _rows(joint: Tensor, axes: Axes) -> Tensor:
-    """Number the positions along ``axes`` by what ``joint`` holds along the others."""
+    """Number the positions along ``axes`` by the values of ``joint`` along the others."""
     order = [*sorted(axes & support(joint)), *sorted(support(joint) - axes)]
     order += [a for a in range(joint.ndim) if a not in order]
     kept = [joint.shape[a] for a in sorted(axes & support(joint))]

@@ -1,4 +1,4 @@
-"""Everything that the operations of one network demand of its atoms."""
+"""Ledger of all demands of a network's operations on its atoms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Column:
     """One axis of one parameter or buffer and the atoms of its positions.
 
     ``rows`` bounds the rows of axis 0 to which a column on axis 1 applies (a grouped convolution
-    keeps the inputs of each group in rows of their own); ``None`` means all of them. ``view`` is
+    keeps the inputs of each group in separate rows); ``None`` means all of them. ``view`` is
     the shape in which the tensor is read, ``None`` its own.
     """
 
@@ -60,7 +60,7 @@ class Blocks:
 
 @dataclass
 class Ledger:
-    """What was demanded, call by call."""
+    """The demands, call by call."""
 
     count: int = 1  # atoms handed out; 0 is `NONE`
     columns: list[Column] = field(default_factory=list)

@@ -27,7 +27,7 @@ WORTH_MOVING = 1e-10  # gains of the objective below this are rounding
 
 @dataclass
 class Search:
-    """One descent: the permutations reached and what they are worth."""
+    """One descent: the permutations reached and their objective."""
 
     permutations: dict[str, Tensor]
     gains: dict[str, float]
@@ -40,10 +40,10 @@ class Matching:
     """The problem: permute the model's tensors so that they agree best with the reference's.
 
     Args:
-        spec: The groups of units. Entries on tensors that are not in ``model`` are passed over.
+        spec: The groups of units. Entries on tensors that are not in ``model`` are ignored.
         model: Tensors of the model.
         reference: Tensors of the reference, the same keys and shapes.
-        weight: What the inner product of each tensor counts, such that their sum is at most 1.
+        weight: Weight of the inner product of each tensor, such that their sum is at most 1.
         seed: Order of the groups within a sweep.
         max_sweeps: Bound on the sweeps of one descent.
     """
@@ -72,9 +72,9 @@ class Matching:
     def solve(self) -> tuple[Search, float]:
         """Return the better of two descents, and the objective before any.
 
-        The first starts from a sweep in the order of the forward pass that looks only at positions
-        already settled; the second from the identity. The second is not tried where the first
-        cannot be doubted: it reached the upper bound, or, no lower than the identity, gave every
+        The first starts from a sweep in the order of the forward pass that uses only positions
+        already settled; the second from the identity. The second is skipped where the first is
+        certainly optimal: it reached the upper bound, or, no lower than the identity, gave every
         unit of every group the partner that it agrees with best, with at least ``SURE_FROM`` units
         in each. (Assignments between thousands of units that disagree take minutes.)
         """
@@ -90,7 +90,7 @@ class Matching:
         if forward.objective() >= 1 - AT_BOUND or (sure and forward.objective() >= before):
             return forward.search, before
         identity.descend()
-        # Equal up to rounding: the start that moves nothing without need.
+        # Equal up to rounding: the start that moves nothing unnecessarily.
         if forward.objective() > identity.objective() + WORTH_MOVING:
             return forward.search, before
         return identity.search, before
@@ -100,7 +100,7 @@ class Matching:
         return replace(self, model=self.reference, reference=self.model)
 
     def stay(self) -> tuple[Search, float]:
-        """Return the identity, and its objective: what a network matched with itself needs."""
+        """Return the identity and its objective, for a network matched with itself."""
         state = _State(self)
         return state.search, state.objective()
 
@@ -210,7 +210,7 @@ class _State:
         return total
 
     def _block_step(self, group: Group, pending: _Pending) -> Tensor:
-        """Match blocks by what their units could agree at best, each kind of unit by itself."""
+        """Match blocks by the best possible agreement of their units, by kind of unit."""
         agreements = []
         for entries, n in _kinds(self.spec, group):
             table = self.agreement(entries, group.size * n, pending)
@@ -244,7 +244,7 @@ class _State:
 
 
 class _Pending:
-    """How many unsettled groups still cover each position of each tensor."""
+    """Number of unsettled groups that still cover each position of each tensor."""
 
     def __init__(self, spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> None:
         self.axes: dict[str, dict[int, Tensor]] = {}
@@ -274,7 +274,7 @@ class _Pending:
                 self.axes[entry.tensor][entry.axis][entry.positions.flatten()] += change
 
     def settled(self, entry: Entry) -> Tensor | Literal[True] | None:
-        """Return what is settled across ``entry``: all (True), nothing (None), or a mask."""
+        """Return the settled part of ``entry``: all (True), nothing (None), or a mask."""
         key, other = entry.tensor, 1 - entry.axis
         if key not in self.axes:
             return True
@@ -308,7 +308,7 @@ class _Pending:
 
 
 def _units(tensor: Tensor, entry: Entry) -> Tensor:
-    """Return (size, …): for each unit of the entry, everything that stands at its positions."""
+    """Return (size, …): for each unit of the entry, all values at its positions."""
     if entry.rows is not None:
         tensor = tensor[slice(*entry.rows)]
     tensor = tensor.movedim(entry.axis, 0)
@@ -323,7 +323,7 @@ def _units(tensor: Tensor, entry: Entry) -> Tensor:
 
 
 def _kinds(spec: PermutationSpec, group: Group) -> list[tuple[list[Entry], int]]:
-    """Split what a group of blocks moves into kinds of units: (entries over all blocks, n)."""
+    """Split positions of a group of blocks into kinds of units: (entries over all blocks, n)."""
     kinds: list[tuple[list[Entry], int]] = []
     covered: dict[tuple[str, int], set[int]] = {}
     for names in zip(*group.members, strict=True):
@@ -338,7 +338,7 @@ def _kinds(spec: PermutationSpec, group: Group) -> list[tuple[list[Entry], int]]
             entries.append(Entry(tensor, axis, torch.cat(positions)))
             covered.setdefault((tensor, axis), set()).update(positions[0].flatten().tolist())
         kinds.append((entries, groups[0].size))
-    alone = []  # units that have no equal inside their block
+    alone = []  # units without an equivalent inside their block
     for entry in group.entries:
         inside = covered.get((entry.tensor, entry.axis), set())
         keep = [c for c, place in enumerate(entry.positions[0].tolist()) if place not in inside]

@@ -1,7 +1,7 @@
 """Permutations of the units of a network: draw, apply, invert, compose.
 
 A permutation ``p`` of a group of n units is an int64 tensor of shape (n,): afterwards, place i
-holds what stood at place ``p[i]``. Groups of units apply before groups of blocks.
+holds the unit that was at place ``p[i]``. Groups of units apply before groups of blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def identity_permutation(spec: PermutationSpec) -> dict[str, Tensor]:
-    """Return the permutation that leaves every unit where it is.
+    """Return the identity permutation of every group.
 
     Example::
 
@@ -63,7 +63,7 @@ def random_permutation(spec: PermutationSpec, seed: int = 0) -> dict[str, Tensor
 
 
 def random_order(n: int, key: str) -> Tensor:
-    """Draw an order of ``n`` things from ``key`` alone: (n,) int64 on the CPU."""
+    """Draw an order of ``n`` items from ``key`` alone: (n,) int64 on the CPU."""
     digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
     return torch.randperm(n, generator=generator, device="cpu")
@@ -90,14 +90,14 @@ def inverse(spec: PermutationSpec, permutations: Permutations) -> dict[str, Tens
     result = {name: torch.argsort(p) for name, p in full.items()}
     for blocks in spec.groups:
         for place, source in enumerate(full[blocks.name].tolist() if blocks.members else ()):
-            # Place b holds what was in block source: there the units must be put back.
+            # Place b holds the previous content of block source: there the units must be put back.
             pairs = zip(blocks.members[place], blocks.members[source], strict=True)
             result.update({here: torch.argsort(full[there]) for here, there in pairs})
     return result
 
 
 def compose(spec: PermutationSpec, first: Permutations, then: Permutations) -> dict[str, Tensor]:
-    """Return the permutation that does ``first`` and ``then`` in one step.
+    """Return the composition of ``first`` and ``then``.
 
     Example::
 
@@ -139,8 +139,8 @@ def apply_permutation(
 ) -> nn.Module | dict[str, Tensor]:
     """Return a copy of a network, or of its state dict, with its units permuted.
 
-    Groups that ``permutations`` does not name stay as they are. A state dict keeps its
-    ``_metadata``. A tensor may be longer or shorter than the spec says along axes that no group
+    Groups that ``permutations`` does not name are not changed. A state dict keeps its
+    ``_metadata``. A tensor may be longer or shorter than in the spec along axes that no group
     permutes (a head for other classes).
 
     Raises:

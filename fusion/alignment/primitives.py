@@ -1,8 +1,8 @@
-"""The few ways in which an operation makes elements meet, and what each demands.
+"""Primitive ways in which operations combine elements, with the demands of each.
 
 Every rule of an operation is put together from these: `meet` (element by element), `reduce` (over
 axes), `normalise` (an element and a sum over its axes), `contract` (sums of products) and `spread`
-(an element of the result depends on all elements along some axes, each with a part of its own).
+(an element of the result depends on all elements along some axes, each in a distinct way).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from fusion.alignment.labels import (
 )
 from fusion.alignment.ledger import Ledger
 
-SILENT = ""  # the reason of atoms that nobody expects to move: the positions of a kernel
+SILENT = ""  # the reason of atoms that are not expected to move: the positions of a kernel
 
 
 def demote(ledger: Ledger, x: Labels, factor: Tensor, why: str) -> Labels:
-    """Fix the atoms of one factor: from now on they only tell elements apart."""
+    """Fix the atoms of one factor: from now on they only distinguish elements."""
     ledger.fix(factor, why)
     factors = tuple(part for part in x.factors if part is not factor)
     return replace(x, factors=factors, sites=tidy((*x.sites, factor)), cause=why or x.cause)
 
 
 def confine(ledger: Ledger, x: Labels, axes: Axes, why: str) -> Labels:
-    """Let no factor change along ``axes``, where every position has a meaning of its own.
+    """Let no factor change along ``axes``, where every position has a distinct meaning.
 
     All atoms that stand at one place of the other axes move together (after a pixel shuffle, the
     channels that make one channel); where there are no other axes, they are fixed.
@@ -93,7 +93,7 @@ def meet(ledger: Ledger, a: Labels, b: Labels, why: str) -> Labels:
                 continue
             where = pattern(sites, support(factor), rank)
             if 1 < factor.numel() == int(where.max()) + 1:
-                ledger.fix(factor, other.cause or why)  # its sites tell all its atoms apart
+                ledger.fix(factor, other.cause or why)  # its sites distinguish all its atoms
                 continue
             ledger.colour(factor, where)
             if factor.numel() > 1:  # a single atom is now like no other: it stays
@@ -138,7 +138,7 @@ def _paired(
 
 
 def _side_by_side(ledger: Ledger, some_a: Sequence[Tensor], some_b: Sequence[Tensor]) -> bool:
-    """Whether two factors meet along one axis only to go along others each by itself.
+    """Whether two factors meet along one axis, but each also varies along separate axes.
 
     So do the channels of queries and of keys in each head of an attention between channels.
     """
@@ -169,7 +169,7 @@ def _tied(ledger: Ledger, f: Tensor, g: Tensor, where: Tensor) -> tuple[Tensor, 
     """Tie two factors at the positions at which they meet.
 
     Returns:
-        The factor of the result, and what tells apart the atoms that meet one atom at one site.
+        The factor of the result, and sites that distinguish atoms that meet one atom at one site.
     """
     f, g, where = torch.broadcast_tensors(f, g, where)  # type: ignore[no-untyped-call]
     both = (f != NONE) & (g != NONE)
@@ -239,7 +239,7 @@ def _covered(ledger: Ledger, x: Labels, factor: Tensor, over: Axes) -> bool:
 
 
 def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
-    """Whether the atoms of two factors stand together in all combinations, if only in blocks.
+    """Whether the atoms of two factors occur in all combinations, possibly only within blocks.
 
     Blocks are demanded to stay.
     """
@@ -324,7 +324,7 @@ def contract(
         a: Of the rank of ``b``; of length 1 along the axes of the result that ``b`` has.
         b: Likewise.
         axis: The axis along which both are long.
-        why: What is told of the operation.
+        why: Description of the operation.
         batch: Axes along which the sums are formed one by one.
     """
     line = frozenset((axis,)) | batch
@@ -349,7 +349,7 @@ def contract(
 
 
 def spread(ledger: Ledger, x: Labels, over: Axes, shape: Sequence[int], why: str) -> Labels:
-    """Make elements of ``shape`` that depend on all elements along the axes ``over``, each its way.
+    """Make elements of ``shape`` that each depend differently on all elements along ``over``.
 
     The other axes are those of ``x``.
     """

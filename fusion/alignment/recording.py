@@ -1,4 +1,4 @@
-"""The outputs of the layers that make the units of a group, recorded while a network runs."""
+"""Record the outputs of the layers that make the units of a group while a network runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AT_ONCE = 32  # images per forward pass: all watched outputs of several networks
 def watch(
     spec: PermutationSpec, model: nn.Module
 ) -> tuple[PermutationSpec, dict[str, tuple[str, int]]]:
-    """Return the spec on the channels that are recorded, and which modules are watched.
+    """Return the spec on the recorded channels, and the watched modules.
 
     Returns:
         The groups, each entry on axis 0 of a table of the module's output channels; and for each
@@ -44,7 +44,7 @@ def watch(
 
 @torch.no_grad()
 def run_on(model: nn.Module, x: Tensor) -> None:
-    """Run a network, whatever it returns.
+    """Run a network and discard its output.
 
     Raises:
         UserError: the images do not fit.
@@ -59,7 +59,7 @@ def run_on(model: nn.Module, x: Tensor) -> None:
 
 
 class Recorder:
-    """Keeps the outputs of the watched modules as (channels, samples)."""
+    """Recorder of the outputs of the watched modules as (channels, samples)."""
 
     def __init__(self, model: nn.Module, watched: Mapping[str, tuple[str, int]]) -> None:
         self.model = model
@@ -85,7 +85,7 @@ class Recorder:
             handle.remove()
 
     def take(self, key: str) -> Tensor | None:
-        """Return what came since the last call; ``None`` for a module that did not run."""
+        """Return the outputs since the last call; ``None`` for a module that did not run."""
         parts = self.kept.pop(key, None)
         return None if parts is None else torch.cat(parts, dim=1)
 
@@ -107,7 +107,7 @@ def _channels(entry: Entry, group: Group, module: nn.Module) -> Tensor | None:
     """Return the output channels of ``module`` that an entry on its weight stands for.
 
     None: the entry is on the weight's inputs. A grouped transposed convolution holds its outputs
-    group by group along axis 1; its blocks are told by the inputs that move with them.
+    group by group along axis 1; its blocks are identified by the inputs that move with them.
     """
     if not isinstance(module, TRANSPOSED):
         return entry.positions if entry.axis == 0 else None

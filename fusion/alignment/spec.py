@@ -1,4 +1,4 @@
-"""The permutation symmetries of a network: which units may change places, and where they stand."""
+"""The permutation symmetries of a network: groups of units and their positions in tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Entry:
     Attributes:
         tensor: State-dict key.
         axis: The axis along which the units stand.
-        positions: (size, k) int64; row i holds the k positions of unit i along the axis (k > 1
+        positions: (size, k) int64; row i has the k positions of unit i along the axis (k > 1
             after a flatten of k pixels per channel, or for whole blocks).
         rows: First and last-but-one row of axis 0 to which the entry is confined (the rows of one
             group of a grouped convolution); ``None``: all.
@@ -73,12 +73,12 @@ class PermutationSpec:
 
     Attributes:
         groups: Groups of units and groups of blocks.
-        fixed: What was left in place, and why.
+        fixed: Positions left in place, and why.
         shapes: Shape of every tensor of the state dict.
         coverage: Share of the parameters that lie on a permutable axis, 0 to 1, of those that the
             forward pass uses (`fixed` names the others).
         by_name: The groups by name.
-        by_tensor: For each state-dict key, the groups that stand in it and where.
+        by_tensor: For each state-dict key, the groups in it and their entries.
     """
 
     groups: tuple[Group, ...]

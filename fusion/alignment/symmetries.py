@@ -1,4 +1,4 @@
-"""The groups of units that a network's forward pass lets change places."""
+"""Find the groups of units that can be permuted without changing a network's function."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def permutation_spec(
 ) -> PermutationSpec:
     """Find the groups of units of ``model`` that may be permuted without changing its function.
 
-    The forward pass runs once in eval mode, without weights, on the shape of ``example_input``,
-    and the operations that it comes down to are recorded; parameters that only training mode uses
-    (auxiliary heads) are found in a second run. What cannot be proven to be a symmetry is left
-    fixed and named in ``spec.fixed``.
+    The forward pass runs once in eval mode, without weights, on the shape of ``example_input``, and
+    its elementary operations are recorded; parameters that only training mode uses (auxiliary
+    heads) are found in a second run. Positions without a proven symmetry are left fixed and named
+    in ``spec.fixed``.
 
-    What is found holds for every input on which the forward pass calls the same operations: where
-    Python code branches on a shape, that is the branch which ``example_input`` takes (for most
-    networks there is but one). Batch size does not matter.
+    The result holds for every input on which the forward pass calls the same operations. Where
+    Python code branches on a shape, that is the branch which ``example_input`` takes (most networks
+    have only one). Batch size does not matter.
 
     Args:
         model: A network in eval mode; it is not changed.
         example_input: An input as the network takes it, batch axis included (N, C, H, W); a tuple
             for several arguments. Only its shape matters.
-        forward: The part of the network that counts, where its own forward pass does more than
-            shapes can tell (a detector's anchors and non-maximum suppression): called as
-            ``forward(model, *example_input)``, with a copy of the model. Parameters that it does
-            not use stay in place.
+        forward: The relevant part of the network, where its own forward pass depends on more than
+            shapes (a detector's anchors and non-maximum suppression): called as ``forward(model,
+            *example_input)``, with a copy of the model. Parameters that it does not use stay in
+            place.
 
     Raises:
         UserError: the model is in training mode, cannot be traced, or does not take the input.
@@ -79,7 +79,7 @@ def permutation_spec(
             try:
                 recorded = trace(model, pairs, training=True)
             except UserError:
-                pass  # it may need a larger image: its parameters are named as not used
+                pass  # it may need a larger image: its parameters are listed as unused
             else:
                 labeller.walk(recorded)
         return written(labeller, model)

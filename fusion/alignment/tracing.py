@@ -1,10 +1,10 @@
-"""The operations of a forward pass, recorded with the shape of every value but without weights.
+"""Record the operations of a forward pass with the shape of every value, without weights.
 
-A copy of the network on the meta device runs once. What reaches ATen, torch's library of tensor
-operations, is recorded: whatever Python the forward pass is written in (shape arithmetic, hooks,
-parametrizations, scripted functions), what is left are a few hundred operations with a schema each.
-Operations in place are rewritten into ones that return their result (torch's functionalization),
-so that one tensor means one value.
+A copy of the network on the meta device runs once. All calls of ATen, torch's library of tensor
+operations, are recorded. Whatever Python code the forward pass consists of (shape arithmetic,
+hooks, parametrizations, scripted functions), it reduces to a few hundred operations with a schema
+each. Operations in place are rewritten into ones that return their result (torch's
+functionalization), so that one tensor means one value.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class Call:
     Attributes:
         name: Its name in ATen without the overload, such as ``convolution``; operations of other
             libraries carry theirs in front (``torchvision.roi_align``).
-        run: What computes it.
-        arguments: By the names of the schema, defaults included; tensors are told by identity.
+        run: The function that computes it.
+        arguments: By the names of the schema, defaults included; tensors are distinguished by
+            identity.
         result: A tensor or a tuple or list of them.
         module: Path of the module that was running, "" for the outermost.
     """
@@ -55,7 +56,7 @@ class Call:
 
     @property
     def why(self) -> str:
-        """What a person is told of the operation: where and which."""
+        """Description of the operation for messages: where and which."""
         return f"{self.module} ({self.name})" if self.module else self.name
 
 
@@ -85,7 +86,7 @@ def trace(
     forward: Forward | None = None,
     training: bool = False,
 ) -> Trace:
-    """Run a weightless copy of ``model`` on the shapes of ``inputs`` and record what it does.
+    """Run a weightless copy of ``model`` on the shapes of ``inputs`` and record its operations.
 
     Args:
         model: Left untouched.
@@ -137,7 +138,7 @@ def trace(
 
 
 def _check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Check that the forward pass takes as many arguments as came."""
+    """Check that the forward pass takes as many arguments as were given."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters):
@@ -155,7 +156,7 @@ def _check_count(model: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records each operation that reaches the dispatcher below functionalization."""
+    """Recorder of each operation that reaches the dispatcher below functionalization."""
 
     def __init__(self, record: Trace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -171,7 +172,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = _name(func)
         if shapes_only and _reads_values(func, arguments):
             raise ReadsValuesError
-        if shapes_only and func._schema.is_mutable:  # what functionalization did not rewrite
+        if shapes_only and func._schema.is_mutable:  # calls that functionalization did not rewrite
             raise ChangesInPlaceError(name)
         if shapes_only:
             change = _indices_stay if name == "index" else _on_meta
@@ -187,7 +188,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _reads_values(func: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether what comes out, or its shape, depends on the value of a tensor without one."""
+    """Whether the result, or its shape, depends on the value of a tensor without one."""
     if torch.Tag.data_dependent_output in func.tags:
         return True
     if _name(func) == "index":  # an index gives a shape, a mask does not
@@ -241,7 +242,7 @@ def _run(
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """Return the value of a tensor after all that was done to it in place."""
+    """Return the value of a tensor after all operations in place."""
     if not torch._is_functional_tensor(tensor):
         return tensor
     torch._sync(tensor)  # type: ignore[attr-defined,no-untyped-call]
@@ -278,7 +279,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _located:  # noqa: N801  # reads as a context
-    """Tells the recorder which module is running."""
+    """Hooks that report the running module to the recorder."""
 
     def __init__(self, skeleton: nn.Module, recorder: _Recorder) -> None:
         self.outside: list[str] = []

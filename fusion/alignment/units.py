@@ -1,4 +1,4 @@
-"""From demands on atoms to units: what moves together, and what may change places.
+"""Derive units from demands on atoms: atoms that move together, and exchangeable units.
 
 Atoms that are tied are one *unit*. Within it every atom has a *mark*, such that a symmetry takes an
 atom of one unit to the atom of another that has the same mark. Units of one *colour* may be
@@ -20,7 +20,7 @@ from torch import Tensor
 from fusion.alignment.ledger import Ledger
 
 Ints = NDArray[np.int64]
-Hashes = NDArray[np.uint64]  # (n, 2): two independent 64-bit hashes are taken for the thing itself
+Hashes = NDArray[np.uint64]  # (n, 2): two independent 64-bit hashes are taken as identity
 FIXED_UNIT = 0
 
 
@@ -33,7 +33,7 @@ class Units:
             pass, `FIXED_UNIT` is that of `NONE`.
         mark: (atoms,) the place of each atom in its unit.
         is_fixed: (units,) whether a unit may not move.
-        reasons: What fixed a unit, where an operation did.
+        reasons: The operation that fixed a unit, if any.
         colour: (units,) units of one colour may be permuted among themselves.
         outer: (units,) the same, not counting which block of a grouped operation they are in.
     """
@@ -159,7 +159,7 @@ def _places(ledger: Ledger, column: Ints, inside: NDArray[np.bool_]) -> Ints:
 
 
 class _Hashed:
-    """Sums of hashes of everything that is demanded of each unit."""
+    """Sums of hashes of all demands on each unit."""
 
     def __init__(self, of_atom: Ints, is_fixed: NDArray[np.bool_]) -> None:
         self.sums = np.zeros((len(is_fixed), 2), dtype=np.uint64)
@@ -170,7 +170,7 @@ class _Hashed:
         np.add.at(self.sums, units, np.broadcast_to(hashes, (len(units), 2)))
 
     def colours(self) -> Ints:
-        """Number the units by what was demanded of them."""
+        """Number the units by the demands on them."""
         number: Ints = np.unique(self.sums, axis=0, return_inverse=True)[1].ravel()
         return number
 

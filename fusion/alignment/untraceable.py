@@ -1,4 +1,4 @@
-"""What keeps a forward pass from being traced, in a sentence."""
+"""Errors on forward passes that cannot be traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusion.errors import UserError, first_line
 
 _CURE = "pass a permutation spec written by hand, or rewrite the forward pass"
-# What torch says where code outside of its dispatcher asks a tensor without values for them:
+# Messages of torch where code outside of its dispatcher reads values of a tensor without any:
 # `numpy()`, `tolist()`, copies to another device.
 _WITHOUT_VALUES = ("meta device type tensor", "unallocated storage", "out of meta tensor")
 
@@ -54,13 +54,13 @@ def check_kind(model: nn.Module) -> None:
 
 
 def explained(name: str, inputs: Sequence[Tensor], module: str, error: Exception) -> UserError:
-    """Return what a person is told when the forward pass of the network ``name`` raised ``error``.
+    """Return the message for an ``error`` in the forward pass of the network ``name``.
 
     Args:
         name: Class of the network.
-        inputs: What the forward pass was given.
+        inputs: Inputs of the forward pass.
         module: Path of the module that was running.
-        error: What was raised.
+        error: The exception.
     """
     if isinstance(error, UserError):
         return error

@@ -1,4 +1,4 @@
-"""Writes units and blocks down as groups, tensor by tensor, with what stayed in place and why."""
+"""Write units and blocks as groups, tensor by tensor, with fixed positions and reasons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusion.alignment.units import Ints, find_units
 
 
 def written(labeller: Labeller, model: nn.Module) -> PermutationSpec:
-    """Return the groups of ``model``, what is fixed, and how much is covered."""
+    """Return the groups of ``model``, the fixed positions, and the covered share."""
     return _Writer(labeller, model).spec()
 
 
@@ -130,7 +130,7 @@ class _Writer:
                 and column.view is None
                 and math.prod(self.shapes[column.tensor][:2]) > 1
             ):
-                continue  # the positions of a kernel, of which nobody expects that they move
+                continue  # the positions of a kernel, which are not expected to move
             of = units.of(column.atoms)
             for unit in of[~movable[of]].tolist():
                 reason = units.reasons.get(unit, "no other unit being like it")
@@ -158,7 +158,7 @@ class _Writer:
 
 
 def _uncovered(shape: tuple[int, ...], entries: Sequence[Entry]) -> int:
-    """Return how many elements lie on no axis position that an entry names."""
+    """Return the number of elements at no axis position named by an entry."""
     shape = next((entry.view for entry in entries if entry.view is not None), shape)
     free = [torch.ones(n, dtype=torch.bool) for n in shape]
     for entry in entries:

@@ -1,4 +1,4 @@
-"""The command line: the only door for Hydra.
+"""The command line, the only package that imports Hydra.
 
 argv → configuration → plain mappings → :class:`fusion.program.FusionProgram`. Nothing heavy is
 imported before the configuration is known to be good.

@@ -1,4 +1,4 @@
-"""The arguments as Hydra wants them, and what can be wrong with them before it reads any file."""
+"""Convert arguments to Hydra's form, and check them before any file is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDED = {
 }
 # Hydra's settings by which it would write into the run folder.
 _FIXED = {"hydra.output_subdir": None, "hydra.job_logging.handlers.file.delay": True}
-# What null means to a group that may be left out.
+# Meaning of null for an optional group.
 _NOTHING = {
     "taskpool": "~taskpool",
     "merge": "~merge",
@@ -38,7 +38,7 @@ def checked_arguments(arguments: Sequence[str], config_folder: Path) -> list[str
     """Return the arguments as Hydra reads them: flags first, ``taskpool=null`` as ``~taskpool``.
 
     Args:
-        arguments: as they were typed.
+        arguments: as typed by the user.
         config_folder: where the shipped YAML is.
 
     Raises:
@@ -90,7 +90,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parsed(text: str) -> Override | None:
-    """Return an override as Hydra reads it; what cannot be read Hydra itself complains about."""
+    """Return an override in Hydra's form; errors in reading it are left to Hydra."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
@@ -113,7 +113,7 @@ def _checked_choice(text: str, override: Override, folders: Sequence[Path]) -> s
         return _NOTHING[group]
     if value is None and group in _NEEDED:
         raise UserError(f"{text}: a run needs a {group}; {_NEEDED[group]}")
-    if isinstance(value, str) and value:  # whether there is such a one, Hydra knows
+    if isinstance(value, str) and value:  # Hydra checks whether it exists
         return text
     raise UserError(
         f"{group} is {told(value)}; give the name of one (there are {', '.join(names)})"

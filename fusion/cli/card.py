@@ -22,7 +22,7 @@ def write_cards(arguments: Sequence[str]) -> None:
             and, if wanted, ``images=``, ``batch_size=``, ``device=``, ``overwrite=true``.
 
     Raises:
-        UserError: an option is missing or has no meaning, or a card cannot be written.
+        UserError: an option is missing or invalid, or a card cannot be written.
     """
     own, config_dir, others = _split(arguments)
     if not own["card"] or not own.get("to"):
@@ -39,7 +39,7 @@ def write_cards(arguments: Sequence[str]) -> None:
 
     values = composed(others, ("modelpool", "seed"), config_dir=config_dir)
 
-    from fusion.merging.cards import SUFFIX, check_card, write_card  # from here torch is paid for
+    from fusion.merging.cards import SUFFIX, check_card, write_card  # imports torch
     from fusion.modelpool import BaseModelPool
     from fusion.target import build
 

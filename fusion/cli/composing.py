@@ -1,4 +1,4 @@
-"""Hydra's compose API beside a Hydra that may be running."""
+"""Use Hydra's compose API while another Hydra may be running."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 @contextmanager
 def composing(config_folder: Path) -> Iterator[None]:
-    """Let ``hydra.compose`` read ``config_folder``; a Hydra that runs is there again afterwards."""
+    """Let ``hydra.compose`` read ``config_folder``; a running Hydra is restored afterwards."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder), version_base="1.3"):
             yield
-    finally:  # Hydra puts another instance in the place of the one that was there
+    finally:  # Hydra replaces the existing instance
         GlobalHydra.instance().hydra = running

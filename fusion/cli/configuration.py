@@ -1,4 +1,4 @@
-"""A configuration without a run."""
+"""Compose a configuration without a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def composed(
     """Return some entries of the configuration that a command composes, references resolved.
 
     Args:
-        overrides: what is chosen and set, as for ``fusion_bench``; without a pool of models the
+        overrides: choices and settings, as for ``fusion_bench``; without a pool of models the
             configuration has none.
         keys: names of the entries, such as ``modelpool``.
-        config_dir: a folder of YAML of one's own, as for ``--config-dir``.
+        config_dir: a folder of custom YAML, as for ``--config-dir``.
 
     Raises:
-        UserError: what is chosen or set does not exist, or a value is missing.
+        UserError: a choice or setting does not exist, or a value is missing.
     """
     folder = config_folder()
     if config_dir is not None and not Path(config_dir).is_dir():

@@ -1,4 +1,4 @@
-"""Where YAML files lie: those that are shipped, and those that a user adds."""
+"""Folders of YAML files: the shipped one, and those of the user."""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ _EXAMPLES = """\
 Commands to begin with:
   fusion_bench method=snr_selective_merge modelpool=digits taskpool=digits
       train a small network and two experts on real images (once), merge them, measure everything
-  fusion_bench method=git_rebasin modelpool=digits_tasks taskpool=digits_tasks
-      merge experts of four tasks that have heads and data of their own
+  fusion_bench method=git_rebasin modelpool=digits_tasks taskpool=digits_tasks merge experts of four
+      tasks with separate heads and data
   fusion_bench method=dummy modelpool=digits taskpool=digits
       measure the pretrained model without merging
   fusion_bench -m method=snr_selective_merge method.top_p=0.1,0.3 modelpool=digits taskpool=digits
-      a sweep: one job a value, each in a folder of its own; table, figures and a page at its end
+      a sweep: one job per value, each in a separate folder; table, figures and a page at its end
   fusion_bench experiment=snr_study modelpool=digits
       the whole study as one sweep; with output_path=FOLDER it can be stopped and resumed
   fusion_bench summarize=FOLDER
-      table, figures and page of a sweep, anew, from its runs' reports
+      write table, figures and page of a sweep again, from its runs' reports
   fusion_bench export=merged.safetensors task=NAME to=plain.safetensors
       one task of a merged network as a plain one: a state dict (.safetensors, .pt) or .onnx
   fusion_bench push=FOLDER to=user/name

@@ -1,4 +1,4 @@
-"""One job: the composed configuration becomes plain mappings and runs."""
+"""Run one job: convert the composed configuration to plain mappings and run the program."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def job(config: DictConfig) -> None:
 def remove_empty(folder: Path, *, below: Path) -> None:
     """Remove ``folder`` if it is empty, and the folders that held only it, up to ``below``.
 
-    The current folder and those that it lies in stay.
+    The current folder and its parents are kept.
     """
     folder, below, here = folder.absolute(), below.absolute(), Path.cwd()
     parents = [p for p in folder.parents if p == below or below in p.parents]
-    with contextlib.suppress(OSError):  # the first that holds something ends it
+    with contextlib.suppress(OSError):  # stop at the first that is not empty
         for empty in (folder, *parents):
             if empty in (here, *here.parents):
                 break
@@ -127,7 +127,7 @@ def _run(values: dict[str, Any], folder: Path) -> None:
 
 
 def _run_program(values: Mapping[str, Any], folder: Path, text: str) -> None:
-    from fusion.program import FusionProgram  # from here on torch is paid for
+    from fusion.program import FusionProgram  # imports torch
 
     FusionProgram(
         method=values.get("wrapper") or values["method"],
@@ -151,14 +151,14 @@ def plain_values(config: DictConfig, keys: Sequence[str] | None = None) -> dict[
 
     Args:
         config: what Hydra composed.
-        keys: the entries that are wanted; by default all.
+        keys: the requested entries; by default all.
 
     Raises:
-        UserError: a value that somebody must give is missing.
+        UserError: a mandatory value is missing.
     """
     values: dict[str, Any] = {}
     for key in config if keys is None else keys:
-        # A path that nobody refers to may stay without a value.
+        # A path without a reference to it may stay without a value.
         complete = key != "path"
         try:
             node = config[key]
@@ -178,7 +178,7 @@ def plain_values(config: DictConfig, keys: Sequence[str] | None = None) -> dict[
 
 
 def register_resolvers() -> None:
-    """Make the resolvers known that the shipped YAML uses."""
+    """Register the resolvers that the shipped YAML uses."""
     OmegaConf.register_new_resolver("user_cache", user_cache, replace=True)
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
@@ -199,7 +199,7 @@ def joined(*lists: Sequence[object] | None) -> str:
 def run_name(*, _root_: DictConfig) -> str:
     """Return ``<method>/<modelpool>`` as chosen by name; ``sweeps`` for a sweep.
 
-    Hydra's own resolver does not know the choices yet when a sweep asks for its folder.
+    Hydra's own resolver does not have the choices yet when a sweep requests its folder.
     """
     hydra: Any = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     if hydra.mode is RunMode.MULTIRUN:
@@ -211,7 +211,7 @@ def job_folder(number: int | str, overrides: Sequence[str]) -> str:
     """Return the folder name of a sweep's job: its number and its overrides, readable.
 
     The number makes it unique within the sweep whichever launcher runs it; overrides too long for
-    a file name are cut and told apart by a hash.
+    a file name are truncated and distinguished by a hash.
     """
     told = [o for o in overrides if not o.startswith(("output_path=", "path."))]
     name = re.sub(r"[^\w.,=+-]+", "-", ",".join(told)).strip("-")
@@ -222,7 +222,7 @@ def job_folder(number: int | str, overrides: Sequence[str]) -> str:
 
 
 def _choices() -> Mapping[str, Any]:
-    """Return what was chosen by name for the report: groups and this job's overrides."""
+    """Return the choices by name for the report: groups and this job's overrides."""
     hydra = HydraConfig.get()
     chosen: dict[str, Any] = {group: hydra.runtime.choices.get(group) for group in _GROUPS}
     chosen["overrides"] = _overrides()
@@ -240,7 +240,7 @@ def _check_kinds(config: DictConfig) -> None:
     """Check the keys of the run.
 
     Raises:
-        UserError: one is not what it has to be.
+        UserError: one is invalid.
     """
     if isinstance(config.seed, float) and config.seed.is_integer():
         config.seed = int(config.seed)  # 1e9 is how a large whole number is typed
@@ -256,7 +256,7 @@ def _check_references() -> None:
     """Check that no option was added below a node that only refers to another one.
 
     Raises:
-        UserError: one was; the reference would be gone, with all that it refers to.
+        UserError: one was, which would replace the reference and everything that it refers to.
     """
     overrides = _overrides()
     for override in overrides:

@@ -25,11 +25,11 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 class Terminated(BaseException):
-    """Somebody asked the process to end (SIGTERM); like an interruption, no error."""
+    """The process was asked to end (SIGTERM); like an interruption, this is not an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 2 on a user's mistake, told in a sentence or two."""
+    """Run the command line; exit with 2 and a short message on a user's mistake."""
     if arguments is None:  # the process is ours
         from fusion.cli.streams import make_streams_robust
 
@@ -97,7 +97,7 @@ def _end_like_an_interruption(process: int) -> None:
 
 
 def _summarize(arguments: list[str]) -> None:
-    """Make table, figures and page of the runs in a folder anew; no configuration takes part."""
+    """Write table, figures and page of the runs in a folder again, without a configuration."""
     if len(arguments) > 1:
         others = ", ".join(a for a in arguments if not a.startswith(SUMMARIZE))
         raise UserError(f"{SUMMARIZE}FOLDER stands alone; leave {others or 'one of them'} out")

@@ -1,4 +1,4 @@
-"""What Hydra says about a wrong command line, told in a sentence with the cure."""
+"""Translate Hydra's errors on a wrong command line to one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fusion.cli.yaml_files import default_place, first_fault
 from fusion.elsewhere import choice_hint
 from fusion.errors import UserError, shown, suggestion
 
-# What Hydra, OmegaConf, PyYAML and Python's logging raise on a configuration that they cannot read.
+# Exceptions of Hydra, OmegaConf, PyYAML and Python's logging on an unreadable configuration.
 CONFIGURATION_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -48,8 +48,8 @@ CONFIGURATION_ERRORS = (
 )
 _OWN_TELLING = (HydraException, OmegaConfBaseException)
 _MISTAKE = 2  # the exit code
-_LONGEST = 300  # characters of somebody else's message
-_CURES = {  # what a file system or the operating system refuses, whoever asked
+_LONGEST = 300  # characters of a foreign message
+_CURES = {  # refusals of the file system or the operating system
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOSPC: "make room, or choose a folder on another disk",
     errno.EDQUOT: "make room, or choose a folder on another disk",
@@ -59,7 +59,7 @@ _CURES = {  # what a file system or the operating system refuses, whoever asked
 
 
 def tell(error: UserError) -> NoReturn:
-    """Print the one sentence and leave with 2; the traceback is for whoever asks for it."""
+    """Print the message and exit with 2; the traceback is printed only on request."""
     if os.environ.get("FUSION_DEBUG") == "1":
         raise error
     sys.stderr.write(f"fusion_bench: error: {error}\n")
@@ -77,10 +77,10 @@ def limit_of_machine(error: OSError) -> UserError | None:
 
 @contextmanager
 def explaining(arguments: Sequence[str], folder: Path) -> Iterator[None]:
-    """Turn what Hydra raises on a wrong command line within the block into one sentence.
+    """Convert Hydra's exceptions on a wrong command line within the block to one sentence.
 
     Args:
-        arguments: what was typed.
+        arguments: as typed by the user.
         folder: where the shipped YAML is.
 
     Raises:
@@ -110,7 +110,7 @@ def is_configuration_error(error: BaseException) -> bool:
     ]
     if isinstance(error, _OWN_TELLING):
         return "fusion.program" not in modules
-    # Whatever else goes wrong inside this package keeps its traceback.
+    # Any other error inside this package keeps its traceback.
     return not modules[-1].startswith("fusion.") and "fusion.cli.job" not in modules
 
 
@@ -121,7 +121,7 @@ def is_from_making_a_folder(error: BaseException) -> bool:
 
 
 def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> str:
-    """Return one sentence or two: what is wrong and the nearest right name."""
+    """Return one or two sentences: the mistake and the nearest valid name."""
     message = str(error).strip()
     if isinstance(error, MissingConfigException):
         return _no_choice(error, arguments, config_folder)
@@ -195,7 +195,7 @@ def _is_from_logging(error: BaseException) -> bool:
 
 
 def _cleaned(message: str) -> str:
-    """Return somebody else's message in one line, without their advice on their own settings."""
+    """Return a foreign message in one line, without advice on foreign settings."""
     lines = [
         line
         for line in message.splitlines()

@@ -1,4 +1,4 @@
-"""Pools by name from Python: what the command composes, without a run."""
+"""Pools by name from Python, composed as by the command, without a run."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def load_modelpool(
     seed: Seed = 0,
     config_dir: FilePath | None = None,
 ) -> BaseModelPool:
-    """Return the pool that ``fusion_bench modelpool=NAME`` takes.
+    """Return the pool of ``fusion_bench modelpool=NAME``.
 
-    Nothing is trained or read before a member is asked for.
+    Nothing is trained or read before a member is requested.
 
     Args:
         name: of a pool; :func:`pools` lists those that come with this package.
-        overrides: further settings as the command takes them, such as
+        overrides: further settings in the form of the command, such as
             ``"modelpool.models.a.epochs=3"`` or ``"path.cache_dir=FOLDER"``.
         seed: the command's ``seed``: of members that are trained, and of data that are drawn.
-        config_dir: a folder of YAML of one's own, as for ``--config-dir``.
+        config_dir: a folder of custom YAML, as for ``--config-dir``.
 
     Raises:
         UserError: there is no such pool or setting, or a value that it needs is missing.
@@ -69,8 +69,8 @@ def load_taskpool(
 
     Args:
         name: of a task pool; :func:`pools` lists those that come with this package.
-        pool: whose networks will be measured: images whose preprocessing the YAML does not give
-            are prepared as the weights of its base expect. Needed for no pool of digits.
+        pool: the pool whose networks will be measured. Images whose preprocessing the YAML does not
+            give are prepared as the weights of its base expect. Not needed for pools of digits.
         overrides, seed, config_dir: as for :func:`load_modelpool`.
 
     Raises:

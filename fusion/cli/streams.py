@@ -1,4 +1,4 @@
-"""Standard output and standard error that a run survives, whatever becomes of them."""
+"""Make a run robust against closed or limited standard output and standard error."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import sys
 from typing import Any, TextIO
 
-_WORDS = "–→×°…²"  # what tables and messages are written with
+_WORDS = "–→×°…²"  # characters of tables and messages
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ESHUTDOWN)
 
 
 class Outlet:
-    """A text stream whose reader may go: what is written after that is dropped, not an error.
+    """A text stream whose reader may close it; later output is dropped without an error.
 
     Args:
         stream: the stream behind it.
@@ -23,7 +23,7 @@ class Outlet:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write ``text``, to nowhere if nobody reads any more."""
+        """Write ``text``; drop it if the stream was closed."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -41,7 +41,7 @@ class Outlet:
         return getattr(self._stream, name)
 
     def _drop(self, error: OSError) -> None:
-        """Lead everything from now on to the null device, also what others write to this file."""
+        """Redirect all further output to the null device, also of other writers to the file."""
         if error.errno not in _GONE:
             raise error
         null = os.open(os.devnull, os.O_WRONLY)
@@ -50,10 +50,10 @@ class Outlet:
 
 
 def make_streams_robust() -> None:
-    """Let the process's streams survive a reader that goes, and say everything in any locale.
+    """Make the process's streams robust against a closing reader, and independent of the locale.
 
-    A stream that was closed from the start becomes the null device. One whose encoding lacks what
-    tables are written with is written in UTF-8.
+    A stream that was closed from the start becomes the null device. One whose encoding lacks the
+    characters of tables is written in UTF-8.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

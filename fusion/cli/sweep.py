@@ -1,4 +1,4 @@
-"""What a sweep's jobs owe each other: to be skipped when done, and to fail alone."""
+"""Jobs of a sweep: finished jobs are skipped, and failures do not stop the others."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from fusion.run_folder import (
 
 log = logging.getLogger(__name__)
 
-# Keys that change nothing in what a job computes; places change when a folder is moved.
+# Keys that do not change the result of a job; places change when a folder is moved.
 _NO_MATTER = re.compile(r"\s*(overwrite|print_config|output_path|output_root|cache_dir):")
 _FAILED = 1  # the exit code when a job failed by more than a mistake of the user's
 _MISTAKE = 2
 
 
 def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
-    """Return whether the job of this configuration (YAML) has left a whole run in ``folder``.
+    """Return whether the job of this configuration (YAML) has a complete run in ``folder``.
 
     A job whose files are damaged or missing has to run again.
 
@@ -62,7 +62,7 @@ def already_finished(folder: Path, config: str, *, overwrite: bool) -> bool:
 
 @contextmanager
 def failing_alone(folder: Path, *, job: int) -> Iterator[None]:
-    """Keep what goes wrong in the block in ``error.json``, so that the other jobs go on."""
+    """Record an error in the block in ``error.json``, so that the other jobs continue."""
     (folder / ERROR).unlink(missing_ok=True)
     try:
         yield
@@ -80,10 +80,10 @@ def failing_alone(folder: Path, *, job: int) -> Iterator[None]:
 
 
 class Summarise(Callback):
-    """At the end of a sweep, whoever wrote it: the table, the figures and the page."""
+    """Hydra callback that writes table, figures and page at the end of a sweep."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the command, to resume and to reproduce the sweep by it."""
+        """Record the command, to resume and to reproduce the sweep."""
         del kwargs
         if not config.dry_run:
             command = shlex.join(["fusion_bench", *sys.argv[1:]])
@@ -91,7 +91,7 @@ class Summarise(Callback):
                 write_text(Path(config.hydra.sweep.dir) / COMMAND, command + "\n")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Summarise the sweep's folder; leave with an error if a job failed."""
+        """Summarise the sweep's folder; exit with an error if a job failed."""
         del kwargs
         folder = Path(config.hydra.sweep.dir)
         if not config.dry_run:
@@ -108,7 +108,7 @@ def _not_only_a_warning() -> Iterator[None]:
     """End the process on an error in the block: Hydra warns of what a callback raises and goes on.
 
     Raises:
-        SystemExit: with 2 after a user's mistake, which is told, with 1 after anything else.
+        SystemExit: with 2 after a user's mistake, whose message is printed, with 1 otherwise.
     """
     try:
         yield
@@ -120,7 +120,7 @@ def _not_only_a_warning() -> Iterator[None]:
 
 
 def summarise_and_tell(folder: Path) -> None:
-    """Summarise ``folder``; say what was written and what failed, and exit accordingly."""
+    """Summarise ``folder``, print written files and failures, and exit accordingly."""
     from fusion.study import summarise
 
     summary = summarise(folder)
@@ -136,7 +136,7 @@ def summarise_and_tell(folder: Path) -> None:
 def is_of(folder: Path, config: str) -> bool:
     """Return whether the files in ``folder`` are of the job of this configuration (YAML).
 
-    Where they are not a whole run, the job may write over them.
+    If they are not a complete run, the job may overwrite them.
     """
     file = folder / CONFIG
     if not file.is_file():

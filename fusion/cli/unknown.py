@@ -1,4 +1,4 @@
-"""The sentence on an option that does not exist: where it goes wrong, and what is meant."""
+"""Messages on unknown options, with the likely intended option."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fusion.elsewhere import OPTIONS
 from fusion.errors import suggestion
 
 _UNREADABLE = (HydraException, OmegaConfBaseException, ValueError, TypeError)
-_MOST = 3  # places that are named where several have an option
+_MOST = 3  # maximum number of places named where several have an option
 
 
 def no_option(key: str, arguments: Sequence[str], config_folder: Path) -> str:
-    """Return what is wrong with the option ``key``, and what there is instead."""
+    """Return the mistake in the option ``key``, and the existing alternatives."""
     given = get_args_parser().parse_args(list(arguments))
     known = known_values(given.overrides, key, config_folder, extra_folders(arguments))
     if (reference := through_reference(key, known)) is not None:
@@ -46,7 +46,7 @@ def no_option(key: str, arguments: Sequence[str], config_folder: Path) -> str:
 def through_reference(key: str, known: Mapping[str, Any]) -> str | None:
     """Return the sentence on an option below a node that only refers to another one.
 
-    Setting it would put a mapping of that option alone in the reference's place.
+    Setting it would replace the reference by a mapping of that option alone.
     """
     parts = key.split(".")
     for depth in range(1, len(parts)):
@@ -67,7 +67,7 @@ def known_values(
     """Return key → value, references unresolved, of what the other overrides compose to.
 
     Args:
-        overrides: what was chosen and set.
+        overrides: choices and settings.
         without: the option that is left out.
         config_folder: where the shipped YAML is.
         extra: the folders that a user adds.

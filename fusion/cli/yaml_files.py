@@ -1,4 +1,4 @@
-"""What is wrong with a YAML file that a user wrote: the file, the line, and the cure."""
+"""Checks of a user's YAML files; messages name the file, the line and the remedy."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DEFAULT = "give a list of entries such as '- method: dummy' and '- _self_'"
 
 
 def check_files(folders: Sequence[Path], overrides: Sequence[str]) -> None:
-    """Check the files of a user that are chosen, and that none takes for ever to read.
+    """Check the selected files of a user, also that none takes unbounded time to read.
 
     Args:
         folders: the user's.
-        overrides: what is chosen and set.
+        overrides: choices and settings.
 
     Raises:
         UserError: names the file, the line where there is one, and the cure.
@@ -54,7 +54,7 @@ def default_place(folders: Sequence[Path], name: str) -> str | None:
 
 
 def first_fault(folders: Sequence[Path]) -> str | None:
-    """Return what is wrong with the first file that cannot be used, or ``None``."""
+    """Return the mistake in the first file that cannot be used, or ``None``."""
     faults = (fault(file) for file in yaml_files(folders))
     return next((wrong for wrong in faults if wrong is not None), None)
 
@@ -68,7 +68,7 @@ def yaml_files(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def fault(file: Path) -> str | None:
-    """Return what is wrong with a YAML file in one sentence, or ``None``."""
+    """Return the mistake in a YAML file in one sentence, or ``None``."""
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -111,7 +111,7 @@ def _fault_of_tree(file: Path, root: yaml.Node | None) -> str | None:
 
 
 def _fault_of_aliases(file: Path, root: yaml.Node) -> str | None:
-    """Count the entries that a reader sees; an alias stands for all that it points to."""
+    """Count the entries with aliases expanded."""
     sizes: dict[int, int] = {}
     inside: set[int] = set()
     circles: list[int] = []

@@ -17,7 +17,7 @@ Padding = Annotated[int, Within(least=0, most=65_535)]
 @checked
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image may undergo: He et al. (2015) crop 4 pixels and flip on CIFAR-10.
+    """Augmentation of training images: He et al. (2015) crop 4 pixels and flip on CIFAR-10.
 
     Args:
         padding: black pixels added on each side before a crop of the original size is taken.

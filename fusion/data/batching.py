@@ -1,4 +1,4 @@
-"""Batches of images on the device: shuffled, augmented, shared among processes, all seeded."""
+"""Batches of images on the device: shuffled, augmented, divided among processes, all seeded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusion.data.loading import loaded
 from fusion.data.seeds import seed_from
 from fusion.errors import UserError
 
-# Sets up to this size are copied to the device whole; larger ones travel batch by batch.
+# Sets up to this size are copied to the device whole; larger ones are copied batch by batch.
 RESIDENT_BYTES = 2**30
 
 
@@ -45,17 +45,17 @@ def batches(
     Args:
         dataset: :class:`ImageTensors`, or any map-style data set of (image, label) pairs whose
             images are tensors, normalised by the data set itself unless it is of this package.
-        batch_size: images a batch, counted over all processes: with four processes a batch of
+        batch_size: images per batch, counted over all processes: with four processes, a batch of
             128 is 32 images in each.
-        device: where the batches are wanted.
+        device: device of the yielded batches.
         shuffle: random order; otherwise the order of the data set.
-        seed: give another one for each epoch.
-        augment: apply the data set's own augmentation. Somebody else's data set has a transform,
-            which it applies in either case.
-        limit: use this many images at most, the first in the (shuffled) order.
+        seed: seed of order and augmentation; pass a different one for each epoch.
+        augment: apply the data set's own augmentation. A foreign data set applies its own transform
+            in either case.
+        limit: maximum number of images, the first in the (shuffled) order.
         rank: number of this process.
         world_size: number of processes; every image goes to exactly one of them.
-        drop_last: leave out a last batch that is not full, unless it is the only one.
+        drop_last: drop an incomplete last batch, unless it is the only one.
         workers: processes that read a data set that is not ``ImageTensors``. ``auto``: none for
             data sets that hold tensors and for passes of up to 256 images, otherwise as many as
             this process has cores, 16 at most; the first 64 images are read before they start,
@@ -65,9 +65,9 @@ def batches(
         An iterator of (images float32 (n, C, H, W), labels int64 (n,)) on ``device``.
 
     Raises:
-        UserError: an impossible option, or a data set that cannot be read this way; while
-            reading, an item that is no such pair, images of different sizes in one batch, or an
-            image that fails to be read, with the index.
+        UserError: an invalid option, or a data set that cannot be read this way; while reading, an
+            item that is no such pair, images of different sizes in one batch, or an image that
+            cannot be read, with its index.
     """
     order = _order(dataset, shuffle=shuffle, seed=seed, limit=limit)
     plan = _plan(order, batch_size, drop_last=drop_last)
@@ -99,7 +99,7 @@ def batches(
 def number_of_batches(
     dataset: Dataset[Any], *, batch_size: int, limit: int | None = None, drop_last: bool = False
 ) -> int:
-    """Return how many batches :func:`batches` makes of ``dataset``."""
+    """Return the number of batches that :func:`batches` yields for ``dataset``."""
     order = _order(dataset, shuffle=False, seed=0, limit=limit)
     return len(_plan(order, batch_size, drop_last=drop_last))
 

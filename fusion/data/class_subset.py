@@ -25,10 +25,10 @@ def ClassSubset(dataset: Dataset[Any], classes: Sequence[int | str]) -> Labelled
 def ClassSubset(dataset: Dataset[Any], classes: Classes) -> LabelledImages:  # noqa: N802
     """Return the images of some classes, relabelled 0…k-1 in the order given.
 
-    ``original_labels`` of the result remembers which classes of the full data set they are,
-    through any number of subsets. The subset of :class:`ImageTensors` is :class:`ImageTensors`;
-    that of any other map-style data set reads its images when they are asked for. (A function
-    named like a class, as ``threading.Lock`` is: which class it makes depends on the data set.)
+    ``original_labels`` of the result holds their labels in the full data set, through any number of
+    subsets. The subset of :class:`ImageTensors` is :class:`ImageTensors`; that of any other
+    map-style data set reads its images when they are asked for. (A function named like a class, as
+    ``threading.Lock`` is: which class it makes depends on the data set.)
 
     Args:
         dataset: the set to choose from, see :func:`fusion.data.labels_of` for where its labels

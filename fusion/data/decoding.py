@@ -1,4 +1,4 @@
-"""An image file becomes pixels: decoded, turned upright, resized, cropped to the middle."""
+"""Decoding of image files: orientation, resizing, centre crop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusion.errors import UserError, suggestion
 
-# What a torchvision transform of training images looks like from here.
+# A torchvision transform of training images, as typed here.
 FileTransform = Callable[[Image.Image], Image.Image | Tensor]
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -26,7 +26,7 @@ _FILTERS = {method.name.lower(): method for method in Image.Resampling}
 _DRAFT_GAP = 2
 _ORIENTATION = 0x0112  # number of the EXIF tag
 _SIDEWAYS = (5, 6, 7, 8)  # its values that exchange width and height
-# What Pillow raises on files that are damaged, cut off, hostile or no images.
+# Exceptions of Pillow for files that are damaged, truncated, malicious or not images.
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -39,7 +39,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Decoding:
-    """How image files are read.
+    """Options of reading image files.
 
     Files are turned upright as their EXIF orientation says, and converted to grey or RGB of
     eight bits.
@@ -120,7 +120,7 @@ class Decoding:
             raise _unreadable(path, error) from error
 
     def shape(self, path: str | Path) -> tuple[int, int, int]:
-        """Return channels, height and width of what :meth:`read` gives, without decoding.
+        """Return channels, height and width of the result of :meth:`read`, without decoding.
 
         Raises:
             UserError: it cannot be read as an image.
@@ -177,8 +177,8 @@ def _orientation(file: Image.Image) -> int:
 def _upright_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
     """Return where ``box``, from the corner of an image of ``size``, is once that is upright.
 
-    A draft of sides that 8 does not divide has a fraction of a pixel too much on its right and at
-    its bottom; scaled along, it would shift the image.
+    A draft whose sides are not multiples of 8 has a surplus fraction of a pixel at its right and
+    bottom edges; scaled with the rest, it would shift the image.
     """
     width, height = size
     _, _, right, bottom = box

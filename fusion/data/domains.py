@@ -1,7 +1,7 @@
-"""The same labels in another domain: images turned, inverted, blurred, noisy, faded or grey.
+"""Domain shifts with the same labels: images rotated, inverted, blurred, noisy, faded or grey.
 
-Each function takes any image set. Of :class:`~fusion.data.ImageTensors` it makes
-``ImageTensors`` at once; of other sets it makes a view that changes each image when it is read.
+Each function takes any image set. For :class:`~fusion.data.ImageTensors` it returns
+``ImageTensors`` at once; for other sets it returns a view that changes each image when it is read.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def faded(dataset: Dataset[Any], contrast: Fraction) -> LabelledImages:
 
     Args:
         dataset: the images.
-        contrast: what is left of it, in (0, 1].
+        contrast: remaining share of the contrast, in (0, 1].
 
     Raises:
         UserError: ``contrast`` is out of range, or the data set normalises its images and does

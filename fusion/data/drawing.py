@@ -1,4 +1,4 @@
-"""A few images of a set, drawn at random and fairly among the classes."""
+"""Random draws of images from a set, balanced among the classes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def few(
     """Return ``n`` images drawn without replacement, in random order; all if there are fewer.
 
     Args:
-        dataset: the set to draw from, any map-style data set; what is drawn of
-            :class:`ImageTensors` is :class:`ImageTensors`.
-        n: how many images.
+        dataset: the set to draw from, any map-style data set; a draw from :class:`ImageTensors` is
+            :class:`ImageTensors`.
+        n: number of images.
         seed: the same seed draws the same images; a larger ``n`` extends the draw.
         stratified: take turns among the classes, so that their counts differ by one at most
             while no class is exhausted; otherwise every image is as likely as any other.

@@ -1,4 +1,4 @@
-"""Images in one folder a class: small sets in memory, large ones decoded when they are read."""
+"""Images in one folder per class: small sets in memory, large ones decoded when they are read."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from fusion.options import (
 )
 from fusion.target import build_nested
 
-# Sets whose decoded pixels take up to this are kept in memory: what `batches` copies to the
-# device whole, and what any machine that trains a network can spare. CIFAR-10 takes 0.15 GiB,
-# 7,000 photographs of 224×224 pixels 1 GiB.
+# Sets whose decoded pixels take up to this are kept in memory: `batches` copies them to the device
+# whole, and any machine that trains a network can spare that much. CIFAR-10 takes 0.15 GiB, 7,000
+# photographs of 224×224 pixels 1 GiB.
 IN_MEMORY_BYTES = 2**30
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-# Bytes of an image file. Pillow lets go of the interpreter while it decodes, so threads double the
-# speed on photographs; on thumbnails they only wait for each other (measured on 2 cores, 50,000
-# JPEG of 32×32: 5 s without threads, 9 s with).
+# Bytes of an image file. Pillow releases the GIL while it decodes, so threads double the speed on
+# photographs; on thumbnails they only wait for each other (measured on 2 cores, 50,000 JPEG of
+# 32×32: 5 s without threads, 9 s with).
 _THREADS_FROM = 4096
 _GREY_MEAN, _GREY_STD = (0.449,), (0.226,)  # ImageNet's, averaged over the channels
 
@@ -71,30 +71,31 @@ def image_folder(
 ) -> ImageTensors | ImageFiles:
     """Load ``root/<class>/<name>.jpg`` (or png, webp, …), sorted by class and name.
 
-    Files of other kinds and hidden ones are passed over. Images are turned upright as their EXIF
+    Files of other kinds and hidden files are ignored. Images are turned upright as their EXIF
     orientation says.
 
     Args:
-        root: folder with one sub-folder a class.
+        root: folder with one sub-folder per class.
         image_size: side in pixels of the square cropped from the middle of each image; before,
             the image is scaled until its shorter side has ``resize`` pixels. By default the
             images keep their size, which all must share.
         resize: see above; ``image_size`` by default.
         interpolation: resampling filter (``bilinear``, ``bicubic``, ``lanczos``, …), which widens
             when an image shrinks; ``bilinear`` by default.
-        per_class: use the first so many images of each class.
-        skip: pass over so many images of each class first: with ``skip`` equal to another set's
-            ``per_class`` the two have no image in common.
+        per_class: number of images used of each class, the first ones.
+        skip: number of images of each class that are skipped first; with ``skip`` equal to another
+            set's ``per_class``, the two have no image in common.
         class_names: the sub-folders that count, in the order of their labels; by default all,
             in alphabetical order.
         channels: 3 reads colour, 1 grey.
-        mean: of each channel on the scale 0..1, for normalisation; ImageNet's by default. What
-            matters is that it is what the network was trained with.
+        mean: of each channel on the scale 0..1, for normalisation; ImageNet's by default. It must
+            be the mean that the network was trained with.
         std: the same for the standard deviation.
-        preprocessing: what a network's weights expect, see :func:`fusion.data.preprocessing_of`;
-            what is given above wins, and an ``image_size`` alone scales its ``resize`` along.
-        augmentation: used when training asks for augmentation. Beside :class:`Augmentation` it
-            may be a ``torchvision.transforms.v2`` transform without ``Normalize``, a mapping with
+        preprocessing: preprocessing that a network's weights expect, see
+            :func:`fusion.data.preprocessing_of`. The options above take precedence, and an
+            ``image_size`` alone scales its ``resize`` in proportion.
+        augmentation: used when training asks for augmentation. Besides :class:`Augmentation` it may
+            be a ``torchvision.transforms.v2`` transform without ``Normalize``, a mapping with
             ``_target_`` that builds one, or a list of these, applied in turn. Such a transform
             takes the whole image instead of the resized and cropped one, and the set is not in
             memory then.

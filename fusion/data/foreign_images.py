@@ -1,4 +1,4 @@
-"""Any map-style data set of (image, label) pairs, seen as an image set of this package."""
+"""Adapter of any map-style data set of (image, label) pairs to an image set of this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusion.errors import UserError
 
 
 class ForeignImages(LabelledImages):
-    """A data set of somebody else's, whose labels and names have been looked up.
+    """A data set from outside of this package, whose labels and names have been looked up.
 
     Its images are normalised by the data set itself. One that states ``mean`` and ``std`` (one
     number per channel each, on the scale 0..1) has its pixels recovered where they are needed;
@@ -77,7 +77,7 @@ def as_labelled(dataset: Dataset[Any]) -> LabelledImages:
 def can_augment(dataset: Dataset[Any]) -> bool:
     """Return whether ``dataset`` gives augmented images when it is asked to.
 
-    A foreign data set does what its own transform does; an image set of this package needs an
+    A foreign data set applies its own transform; an image set of this package needs an
     augmentation, also inside torch's ``Subset`` and ``ConcatDataset``.
     """
     if isinstance(dataset, LabelledImages):
@@ -104,8 +104,7 @@ def read_pair(dataset: Dataset[Any], index: int, *, augment: bool) -> tuple[Tens
     """Return one normalised image, float32, and its label.
 
     Raises:
-        UserError: the data set gives something else than a pair of a floating-point tensor and
-            a whole number.
+        UserError: an item is not a pair of a floating-point tensor and a whole number.
     """
     name = type(dataset).__name__
     pair = _item(dataset, index, augment)

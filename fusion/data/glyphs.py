@@ -62,7 +62,7 @@ SCRIPTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class _Range:
-    """What a property of an image is drawn from, uniformly."""
+    """The range from which a property of an image is drawn uniformly."""
 
     least: float
     most: float

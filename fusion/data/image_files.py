@@ -1,4 +1,4 @@
-"""A labelled image set whose files are decoded when they are asked for."""
+"""A labelled image set whose files are decoded on access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion.data.labelled_images import RGB_MEAN, RGB_STD, LabelledImages
 from fusion.data.view import part
 from fusion.errors import UserError
 
-# Floating-point pixels outside of this are normalised ones, not overshoot of a bicubic filter.
+# Floating-point pixels outside of this range are normalised, not overshoot of a bicubic filter.
 _PIXEL_RANGE = (-0.5, 1.5)
 
 
@@ -33,7 +33,7 @@ class ImageFiles(LabelledImages):
         class_names: the K names, by label.
         original_labels: for each label, the label of that class in the full data set that this
             one is a part of; the labels themselves by default.
-        decoding: how a file becomes pixels.
+        decoding: options of decoding a file.
         mean: of each channel, on the scale 0..1, subtracted by normalisation.
         std: of each channel, on the scale 0..1, divided by afterwards.
         augmentation: an :class:`Augmentation` of the decoded pixels, or a transform that takes
@@ -95,7 +95,7 @@ class ImageFiles(LabelledImages):
         """Return one decoded image (C, H, W); see :class:`LabelledImages`.
 
         Raises:
-            UserError: the file cannot be read, or the augmentation gives no image.
+            UserError: the file cannot be read, or the augmentation does not return an image.
         """
         path = self.path(index)
         if augment and self.augmentation is not None:

@@ -1,4 +1,4 @@
-"""A labelled image set that lives in one tensor."""
+"""A labelled image set held in one tensor."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fusion.errors import UserError
 
 
 class ImageTensors(LabelledImages):
-    """Images (N, C, H, W) and labels (N,), with all that is needed to feed and to name them.
+    """Images (N, C, H, W) and labels (N,), with class names, normalisation and augmentation.
 
     Indexing gives ``(image, label)``, the image float32 and normalised; training reads whole
     batches through :func:`fusion.data.batches` instead, which normalises on the device.
 
     Args:
-        images: (N, C, H, W), uint8 in 0..255 or floating point in 0..1; kept as it is.
+        images: (N, C, H, W), uint8 in 0..255 or floating point in 0..1; stored unchanged.
         labels: (N,) whole numbers in 0..K-1.
         class_names: the K names, by label.
         original_labels: for each label, the label of that class in the full data set that this
             one is a part of; the labels themselves by default.
         mean: of each channel, on the scale 0..1, subtracted by normalisation.
         std: of each channel, on the scale 0..1, divided by afterwards.
-        augmentation: what a training batch undergoes when augmentation is asked for.
+        augmentation: applied to a training batch when augmentation is requested.
 
     Raises:
         UserError: shapes, types, labels or statistics do not fit together.

@@ -1,4 +1,4 @@
-"""Several parts of one image set joined again under its original labels."""
+"""Join several parts of one image set under its original labels."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def concat(datasets: Annotated[Sequence[Dataset[Any]], NON_EMPTY]) -> LabelledIm
 
     The result's classes are all that occur, in the order of their original labels; an image that
     several sets hold is held several times. Normalisation is the first's, and so is augmentation,
-    except that streamed sets with transforms of their own each keep theirs. Sets that all are
-    :class:`ImageTensors` become :class:`ImageTensors`; others are read when they are asked for.
+    except that streamed sets with custom transforms keep these. If all sets are
+    :class:`ImageTensors`, so is the result; otherwise images are read on access.
 
     Raises:
         UserError: no set, or sets that differ in image shape, pixel type, normalisation, or in

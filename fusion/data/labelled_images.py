@@ -1,4 +1,4 @@
-"""What every image set here offers, wherever its pixels are: labels, names, normalised images."""
+"""Base class of the image sets: labels, names and normalised images, wherever the pixels are."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     Args:
         labels: (N,) whole numbers in 0..K-1.
-        class_names: the K names, by label, or None where nobody knows them.
+        class_names: the K names, by label, or None where they are unknown.
         original_labels: for each of the K labels, the label of that class in the full data set
             that this one is a part of.
         mean: of each channel, on the scale 0..1, subtracted by normalisation; None (as well as
             ``std``) where the images come normalised already.
         std: of each channel, on the scale 0..1, divided by afterwards.
-        augmentation: what an image undergoes when augmentation is asked for.
+        augmentation: applied to an image when augmentation is requested.
 
     Raises:
         UserError: labels, names or statistics do not fit together.
@@ -75,7 +75,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are: labels run from 0 to this number minus one."""
+        """Number of classes: labels run from 0 to this number minus one."""
         return len(self.original_labels)
 
     @property
@@ -123,7 +123,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return out
 
     def _columns(self, device: torch.device, bytes_: bool) -> tuple[Tensor, Tensor]:
-        """Return what pixels are multiplied by and what is added then, (C, 1, 1) each.
+        """Return the factor and the summand of normalisation, (C, 1, 1) each.
 
         One multiplication and one addition normalise a batch, whatever the storage type.
         """

@@ -88,7 +88,7 @@ def class_names_of(dataset: Dataset[Any]) -> tuple[str, ...] | None:
 
 
 def label_space(dataset: Any) -> LabelSpace | None:
-    """Return the classes that a data set says it has, or ``None`` where it says nothing.
+    """Return the classes that a data set states, or ``None`` where it states none.
 
     Read are ``class_names`` and ``original_labels``, or torchvision's ``classes``; torch's
     ``Subset`` and ``ConcatDataset`` are looked through.
@@ -101,17 +101,17 @@ def label_space(dataset: Any) -> LabelSpace | None:
 
 
 def new_labels(class_names: Sequence[str]) -> tuple[int, ...]:
-    """Return original labels for classes that are made up, such as groups of other classes.
+    """Return original labels for derived classes, such as groups of other classes.
 
-    They are consecutive numbers, far from those of any real data set: where classes are told apart
-    by number because nobody knows names, those of two tasks must not meet by chance.
+    They are consecutive numbers, far from those of any real data set: where names are unknown,
+    classes are distinguished by number, and those of two tasks must not coincide by chance.
     """
     start = seed_from("classes", *class_names) // 2  # room for the numbers after it
     return tuple(range(start, start + len(class_names)))
 
 
 def original_labels_of(dataset: Dataset[Any], classes: int) -> tuple[int, ...]:
-    """Return ``original_labels`` where ``dataset`` knows them, else 0 to ``classes`` - 1."""
+    """Return ``original_labels`` of ``dataset`` if it has them, else 0 to ``classes`` - 1."""
     if isinstance(dataset, Subset):
         return original_labels_of(dataset.dataset, classes)
     found = getattr(dataset, "original_labels", None)

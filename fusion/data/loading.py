@@ -1,4 +1,4 @@
-"""Images read one by one, in worker processes where that pays, with the same result in any case."""
+"""Read images one by one, in worker processes where that pays, with the same result either way."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fusion.errors import UserError, first_line
 # workers share a large batch, and what they have read ahead stays small: 2 × 64 photographs of
 # 224×224 take 19 MB a worker.
 _PIECE = 64
-# Of data sets of others, whose pixels are four times as large: a batch up to this is not divided,
-# since to join its pieces would be a copy, and theirs need no other.
+# For foreign data sets, whose pixels are four times as large: a batch up to this size is not
+# divided, since joining its pieces would be the only copy that it needs.
 _FOREIGN_PIECE = 128
 _PREFETCH = 2  # pieces a worker reads ahead
 # With "auto", workers start where a pass reads more images than this: half a second or more of
@@ -52,8 +52,8 @@ def loaded(
     :func:`fusion.data.batches`.
 
     Raises:
-        UserError: an item is no (image, label) pair, images of a batch differ in size, or the
-            data set fails to read one; the sentence names the data set and the index.
+        UserError: an item is no (image, label) pair, images of a batch differ in size, or the data
+            set fails to read one; the message names the data set and the index.
     """
     reader = _Reader(dataset, seed=seed, augment=augment)
     ours = dataset if isinstance(dataset, LabelledImages) else None
@@ -84,7 +84,7 @@ def loaded(
 
 
 def worker_count(dataset: Dataset[Any], images: int, world_size: int = 1) -> int:
-    """Return how many workers ``workers="auto"`` means.
+    """Return the number of workers for ``workers="auto"``.
 
     None for data sets that hold tensors, for passes of up to 256 images, and in daemonic
     processes, which may have no children; otherwise this process's share of the processor's
@@ -107,8 +107,8 @@ def _pieces(
     if workers == "auto":
         workers = worker_count(reader.dataset, sum(map(len, pieces)), world_size)
         if workers:
-            # Who needs one batch only, to trace a network for example, starts no workers; nor
-            # are there any for images that are on a GPU, where forked processes cannot go.
+            # A caller that needs one batch only, to trace a network for example, starts no workers.
+            # Neither do images on a GPU, which forked processes cannot use.
             first = reader.read(pieces[0])
             yield first
             pieces = pieces[1:]
@@ -135,14 +135,14 @@ def _pieces(
 
 @dataclass(frozen=True)
 class _Failure:
-    """A mistake found in a worker: raised there, its sentence would arrive inside a traceback."""
+    """A user's mistake in a worker: raised there, its message would arrive inside a traceback."""
 
     sentence: str
     traceback: str
 
 
 class _Reader(Dataset[Any]):
-    """Reads several images at a time, each with random numbers of its own."""
+    """Reader of several images at a time, each with separate random numbers."""
 
     def __init__(self, dataset: Dataset[Any], *, seed: int, augment: bool) -> None:
         self.dataset = dataset
@@ -177,7 +177,7 @@ class _Reader(Dataset[Any]):
             return read_pair(dataset, index, augment=self._augment)
         except UserError:
             raise
-        except Exception as error:  # whatever somebody else's data set raises
+        except Exception as error:  # a foreign data set may raise anything
             raise UserError(
                 f"dataset: {_name(dataset)} cannot read the image at index {index} "
                 f"({type(error).__name__}: {first_line(error)})"

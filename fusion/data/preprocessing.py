@@ -1,4 +1,4 @@
-"""What published weights expect of their images, read from where they are published."""
+"""Preprocessing that published weights expect, read from their publication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusion.target import locate
 @checked
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for a network.
+    """Preprocessing of images for a network.
 
     Args:
         mean: of each channel, on the scale 0..1, subtracted.
@@ -49,8 +49,8 @@ def preprocessing_of(architecture: Mapping[str, Any]) -> Preprocessing | None:
         None where no published weights are named, or none that classify images.
 
     Raises:
-        UserError: weights that do not exist, or are prepared for in another way than by scaling
-            the shorter side and cropping the middle.
+        UserError: weights that do not exist, or whose preprocessing is not scaling the shorter side
+            and cropping the middle.
     """
     target = str(architecture["_target_"])
     if target.startswith("torchvision.models."):

@@ -1,4 +1,4 @@
-"""The global random generators of torch, Python and NumPy, seeded for a while and restored."""
+"""Temporarily seed the global random generators of torch, Python and NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMPY_SEEDS = 2**32  # NumPy's global generator takes seeds below this
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """Restore the three generators when the block ends (the CPU's, of torch's)."""
+    """Restore the three generators (of torch, the CPU's) when the block ends."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

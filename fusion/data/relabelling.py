@@ -20,8 +20,8 @@ from fusion.labels import LabelSpace
 def in_label_space(datasets: Sequence[Dataset[Any]], labels: LabelSpace) -> Dataset[Any]:
     """Return all images of the classes ``labels``, labelled by their place among them.
 
-    Images of other classes are left out. Equal labels of different data sets are never mixed up:
-    classes are told apart by name, or by original label where a data set names none.
+    Images of other classes are left out. Equal labels of different data sets are never confused:
+    classes are distinguished by name, or by original label where a data set names none.
 
     Args:
         datasets: one or several, which may have classes in common.

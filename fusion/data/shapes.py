@@ -1,8 +1,8 @@
-"""The same images in another shape or scale, for a network that expects it.
+"""Change the shape, channels or normalisation of images to what a network expects.
 
-Each function takes any image set; of :class:`~fusion.data.ImageTensors` it makes
-``ImageTensors``. 8×8 grey digits become what a network for CIFAR-10 takes by
-``as_rgb(resized(digits("train"), 32))``.
+Each function takes any image set; for :class:`~fusion.data.ImageTensors` it returns
+``ImageTensors``. For example, ``as_rgb(resized(digits("train"), 32))`` turns 8×8 grey digits into
+inputs of a network for CIFAR-10.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def resized(dataset: Dataset[Any], size: Pixels | HeightAndWidth) -> LabelledIma
 
 @checked
 def as_rgb(dataset: Dataset[Any]) -> LabelledImages:
-    """Return grey images with their channel three times; colour images as they are.
+    """Return grey images with their channel repeated three times; colour images unchanged.
 
     Raises:
         UserError: the images have neither one channel nor three.

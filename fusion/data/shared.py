@@ -1,4 +1,4 @@
-"""Data sets that several parts of a run name are built once."""
+"""Build each data set once, however many parts of a run name it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BUILT: WeakValueDictionary[str, Any] = WeakValueDictionary()
 def load_dataset(spec: Mapping[str, Any], preprocessing: Preprocessing | None = None) -> Any:
     """Return the data set that a ``_target_`` mapping builds.
 
-    A second call with an equal mapping returns the same object for as long as somebody holds it:
-    a member's recipe, the pool and the tasks often name one data set.
+    A second call with an equal mapping returns the same object for as long as a reference to it
+    exists: a member's recipe, the pool and the tasks often name one data set.
 
     Args:
         spec: the mapping.
-        preprocessing: what a network's weights expect of images; passed on to targets that take
+        preprocessing: preprocessing that a network's weights expect; passed on to targets that take
             ``preprocessing`` and whose mapping does not give it.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Other tasks on the same images: coarser classes, and recognising a rotation.
+"""Derived tasks on the same images: coarser classes, and recognition of a rotation.
 
-Both take any image set; of :class:`~fusion.data.ImageTensors` they make ``ImageTensors``.
+Both take any image set; for :class:`~fusion.data.ImageTensors` they return ``ImageTensors``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def grouped(
 ) -> LabelledImages:
     """Return the images under coarser labels, such as even and odd digits.
 
-    The groups are classes of their own, with original labels that no other classes have.
+    The groups are new classes, with original labels that no other classes have.
 
     Args:
         dataset: the images.

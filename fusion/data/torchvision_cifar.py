@@ -1,4 +1,4 @@
-"""CIFAR-10 through torchvision, downloaded when it is first asked for."""
+"""CIFAR-10 through torchvision, downloaded on first use."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def cifar10(
         root: folder that holds, or will hold, torchvision's ``cifar-10-batches-py``.
         split: ``train`` (50,000 images less those held out), ``val`` (the images held out), or
             ``test`` (10,000).
-        val_images: how many training images are held out for validation, the same ones always
-            and equally many of each class up to one.
+        val_images: number of training images held out for validation, always the same ones; the
+            counts of the classes differ by one at most.
         download: fetch the archive (170 MB) if ``root`` does not have it.
 
     Raises:
-        UserError: an unknown split, nothing held out for ``val``, or the data neither there nor
-            to be had.
+        UserError: an unknown split, nothing held out for ``val``, or data that are neither present
+            nor downloadable.
     """
     from torchvision.datasets import CIFAR10
 

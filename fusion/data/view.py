@@ -1,4 +1,4 @@
-"""Images of other sets under labels of their own, and seen through a function of their pixels."""
+"""Views of images of other sets, with new labels and through a function of their pixels."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _CHUNK = 1024  # images in memory changed at once: bounds what their float32 cop
 
 
 class ImageView(LabelledImages):
-    """Chosen images of one or several sets, read from there when they are asked for.
+    """Selected images of one or several sets, read from there on access.
 
-    What subsets, draws, joined sets and changed domains are made of where the images are not in
-    one tensor.
+    Subsets, draws, joined sets and changed domains are views where the images are not in one
+    tensor.
 
     Args:
         sources: the sets that are viewed; they share channels and normalisation.
         rows: (N, 2) int64, for each image the number of its source and its index there.
         labels: (N,) of the images.
-        class_names: by label, or None where nobody knows them.
+        class_names: by label, or None where they are unknown.
         original_labels: by label.
         mean: for normalisation, None if the sources give normalised images.
         std: the same for the standard deviation.
         augmentation: applied after ``kernel``; None leaves augmentation to the sources, whose
             transforms come before it.
-        kernel: what happens to the pixels; uint8 pixels are rounded to uint8 again.
+        kernel: function of the pixels; uint8 pixels are rounded to uint8 again.
 
     Raises:
         UserError: labels, names or statistics do not fit together.
@@ -79,12 +79,12 @@ class ImageView(LabelledImages):
 
     @property
     def augments(self) -> bool:
-        """Whether this view or all that it views can augment."""
+        """Whether this view or all of its sources can augment."""
         return self.augmentation is not None or all(source.augments for source in self.sources)
 
     @property
     def in_memory(self) -> bool:
-        """Whether all that it views is in memory."""
+        """Whether all of its sources are in memory."""
         return all(source.in_memory for source in self.sources)
 
     def pixels(self, index: int, *, augment: bool = False) -> Tensor:
@@ -153,11 +153,11 @@ def changed(
     std: Sequence[float] | None = None,
     augmentation: Augmentation | None = None,
 ) -> LabelledImages:
-    """Return all images of ``dataset`` seen through ``kernel``, at once if they are in memory.
+    """Return all images of ``dataset`` transformed by ``kernel``, at once if they are in memory.
 
     Args:
-        dataset: the images; what is not given below stays as it is there.
-        kernel: what happens to the pixels.
+        dataset: the images; options not given below are taken from it.
+        kernel: function of the pixels.
         labels: new labels (N,), which ``class_names`` names.
         class_names: names of the new labels.
         mean: new mean for normalisation.

@@ -1,1 +1,1 @@
-"""Every plot and table that a person looks at."""
+"""All plots, and tables for the terminal."""

@@ -1,4 +1,4 @@
-"""Accuracies of several models on several tasks, as a table for the terminal."""
+"""Table of the accuracies of several models on several tasks, for the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What alignment moved: the share of the units of each group, and what the move gained."""
+"""Figure of an alignment: share of moved units of each group, and gain of the moves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fusion.figures.style import PAGE_WIDTH, house_style, new_figure, palette
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST_NAMES = 30  # more groups than that are numbered: their names would overlap
+_MOST_NAMES = 30  # more groups than this are numbered, because their names would overlap
 
 
 def alignment_figure(table: pd.DataFrame) -> Figure:
-    """Draw two panels over the groups of units in the order of the forward pass, a line an expert.
+    """Draw two panels over the groups of units in forward order, with one line per expert.
 
     Args:
-        table: a row for each expert and group with the columns ``expert``, ``group``, ``size``,
+        table: one row for each expert and group with the columns ``expert``, ``group``, ``size``,
             ``moved`` and ``gain`` (what the group's move added to the objective).
 
     Raises:
@@ -32,7 +32,7 @@ def alignment_figure(table: pd.DataFrame) -> Figure:
     with house_style():
         figure = new_figure(width=PAGE_WIDTH, height=3.6)
         top, bottom = figure.subplots(2, 1, sharex=True)
-        # The first style is the base's, and the base is what everything was aligned to.
+        # The first style is that of the base, to which all experts were aligned.
         for expert, style in zip(experts, palette(len(experts) + 1)[1:], strict=True):
             rows = table[table["expert"] == expert]
             x = [place[group] for group in rows["group"]]

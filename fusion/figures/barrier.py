@@ -21,7 +21,7 @@ _NAMES = {"none": "as they are", "weights": "aligned by weights", "activations":
 
 
 def barrier_figure(table: pd.DataFrame) -> Figure:
-    """Draw a column for each treatment of batch norm: accuracy above, loss below.
+    """Draw one column per treatment of batch norm: accuracy above, loss below.
 
     Args:
         table: rows with ``alignment``, ``batch_norm``, ``t`` in 0..1, ``accuracy`` in 0..1 and

@@ -1,4 +1,4 @@
-"""What every method gains over a reference in every setting, as a heatmap with its numbers."""
+"""Heatmap of the gain of every method over a reference in every setting, with numbers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def benchmark_heatmap(
 
     Args:
         gains: methods × settings, in points.
-        groups: method → what it needs: the colour of its name.
-        label: the title: a gain over what.
+        groups: method → its requirement, which sets the colour of its name.
+        label: the title, which names the reference.
         absent: what a grey cell means.
     """
     names, settings = ([str(n) for n in axis] for axis in (gains.index, gains.columns))

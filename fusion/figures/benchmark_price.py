@@ -1,4 +1,4 @@
-"""Scores against what they take: multiply-adds of an answer, and the data that was looked at."""
+"""Scores against cost: multiply-adds of an answer, and the data used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fusion.figures.style import house_style, new_figure
 _WIDTH = 5.2  # inches: on a phone still legible
 _PLOT = 2.8  # inches: height of the axes
 _LEGEND_ROW = 0.15  # inches
-_SPREAD = 0.76  # of the room of a column: its needs and conditions side by side
+_SPREAD = 0.76  # of the width of a column: its needs and conditions side by side
 _CONDITIONS = ("o", "D", "^", "s", "X", "v", "P")
 
 
@@ -49,7 +49,7 @@ def scores_against_multiply_adds(table: pd.DataFrame, controls: pd.DataFrame) ->
 
 
 def scores_against_data(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
-    """Draw every condition's score against the data that it looked at.
+    """Draw every condition's score against the data that it used.
 
     Args:
         table: a row per method and condition with the columns ``name``, ``group`` (what the method

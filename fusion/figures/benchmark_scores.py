@@ -1,4 +1,4 @@
-"""Scores of all methods in one setting as points with errors, grouped by what they need."""
+"""Scores of all methods in one setting as points with errors, grouped by requirement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROW = 0.165  # inches: a line of seven points
 _GAP = 0.6  # rows between two groups
 _FRAME = 0.6  # inches: axis and its label
 _LEGEND_ROW = 0.15  # inches
-_FAR = 0.3  # of the methods' range: a control farther below is told and not drawn
+_FAR = 0.3  # of the methods' range: a control farther below is stated and not drawn
 
 
 def benchmark_scores(table: pd.DataFrame, controls: Mapping[str, float]) -> Figure:
@@ -83,7 +83,7 @@ def benchmark_scores(table: pd.DataFrame, controls: Mapping[str, float]) -> Figu
 
 
 def _controls(axes: Axes, controls: Mapping[str, float], table: pd.DataFrame) -> list[Line2D]:
-    """Draw the controls as lines, but for those that would press the methods together."""
+    """Draw the controls as lines, except those that would compress the scale of the methods."""
     low = min(table["score"].min(), table["defaults"].min())
     high = max([table["score"].max(), *controls.values()])
     least = low - _FAR * (high - low)

@@ -1,4 +1,4 @@
-"""What a colour and a marker mean in every figure of the benchmark: what a method needs."""
+"""Colours and markers of the benchmark's figures, which show the requirements of methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from fusion.figures.style import MemberStyle
 
-# The most that a method needs → colour and marker, the least first.
+# The strongest requirement of a method → colour and marker, the least first.
 NEED_STYLES = {
     "nothing": MemberStyle("#000000", "o", ""),
     "a pretrained model": MemberStyle("#0072B2", "s", ""),
@@ -23,12 +23,12 @@ CONTROL_COLOR = "#595959"
 
 
 def need_style(need: str) -> MemberStyle:
-    """Return colour and marker of what a method needs."""
+    """Return colour and marker of a method's requirement."""
     return NEED_STYLES.get(need, _OTHER)
 
 
 def needs_in_order(needs: Iterable[str]) -> list[str]:
-    """Return the needs that occur, the least first, unknown ones last."""
+    """Return the requirements that occur, the least first, unknown ones last."""
     known = list(NEED_STYLES)
     return sorted(
         dict.fromkeys(needs), key=lambda need: known.index(need) if need in known else len(known)

@@ -15,7 +15,7 @@ _AXIS = "#404040"
 _ROW = 0.165
 _BAR = 0.08  # between two bars of equals
 _LETTER = 0.062  # mean width of a letter of seven points
-_NUMBER = 0.35  # the rank beside the name
+_NUMBER = 0.35  # the rank next to the name
 _TOP = 0.62  # the bar of the critical difference and the numbers of the axis
 
 
@@ -31,7 +31,7 @@ def critical_difference_diagram(
         ranks: method → mean rank, the best (lowest) first.
         critical_difference: of Nemenyi's test.
         cliques: the groups of methods that are joined.
-        groups: method → what it needs: the colour of its name.
+        groups: method → its requirement, which sets the colour of its name.
     """
     names = [str(name) for name in ranks.index]
     left = (len(names) + 1) // 2

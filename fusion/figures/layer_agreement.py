@@ -1,4 +1,4 @@
-"""Where experts agree and conflict: the cosine of every pair of task vectors in every layer."""
+"""Agreement and conflict of experts: the cosine of every pair of task vectors in every layer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _ROW = 0.125  # inches: a layer's name in its smallest legible size
 _TALLEST = 8.5  # inches: what fits on a page; more layers share it
 _COLUMN = 0.3  # inches
 _NAMED_PAIRS = 30  # beyond, their names would touch
-_LONGEST_NAME = 34  # characters; of a longer layer name the end tells most
+_LONGEST_NAME = 34  # characters; the end of a longer layer name is shown
 _LETTER = 0.065  # inches: mean width of a letter of a tick label
 
 
 def layer_agreement(table: pd.DataFrame) -> Figure:
     """Draw layers from top to bottom in the order of the forward pass, pairs of experts across.
 
-    Beside the map stand mean and range over the pairs. Up to 30 pairs are named; more are put in
-    the order of their mean cosine. The colour scale is symmetric about 0.
+    Mean and range over the pairs are drawn next to the map. Up to 30 pairs are named; more are
+    sorted by their mean cosine. The colour scale is symmetric about 0.
 
     Args:
-        table: a row for each layer and pair, with the columns ``position`` (order of the layers),
+        table: one row for each layer and pair, with the columns ``position`` (order of the layers),
             ``layer``, ``expert_a``, ``expert_b`` and ``cosine`` (NaN where an expert did not
             change).
     """

@@ -24,7 +24,7 @@ _MAX_MARKED_LAYERS = 40  # beyond, markers would touch and the lines are drawn a
 _MAX_LAYERS_IN_COLUMN = 12
 _NAME_SIZE = 6  # points
 _NAME_GAP = 0.105  # inches from one upright name to the next that keep them apart
-_MAX_NAME = 30  # characters; of a longer name the end is shown, which tells layers apart
+_MAX_NAME = 30  # characters; of a longer name the end is shown, which distinguishes layers
 _LOG_RATIO = 30.0  # where values span more than this factor, a linear axis hides the small ones
 _SELECTED = "#fbe3b5"  # light enough for black lines on top, grey enough to survive greyscale
 _OTHER_NAME = "#7f7f7f"
@@ -35,14 +35,14 @@ def layer_snr_figure(table: pd.DataFrame) -> Figure:
 
     Up to seven members get a line each; of more, the base keeps its line and the experts are shown
     by mean and range. The axis is linear where the values allow it, else logarithmic down to the
-    smallest positive value and linear from there to zero, so that layers without signal are seen to
-    be at zero. Names that would overlap are left out, those of selected layers last.
+    smallest positive value and linear from there to zero, so that layers without signal appear at
+    zero. Names that would overlap are omitted, those of selected layers last.
 
     Args:
-        table: a row a layer with the columns ``layer`` (name), ``position`` (order of the forward
-            pass), ``selected`` (whether the layer was merged), ``rank`` (1 is the best score; nan
-            where there is none) and ``snr/<member>`` for each member, the base first. A member
-            without a number for a layer has nan there, and a gap in its line.
+        table: one row per layer with the columns ``layer`` (name), ``position`` (order of the
+            forward pass), ``selected`` (whether the layer was merged), ``rank`` (1 is the best
+            score; nan where there is none) and ``snr/<member>`` for each member, the base first. A
+            member without a number for a layer has nan there, and a gap in its line.
 
     Raises:
         ValueError: a column is missing, or there is no layer.
@@ -131,7 +131,7 @@ def _scale(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _name_layers(axes: Axes, table: pd.DataFrame, width: float) -> None:
-    """Write upright names under the axis: the selected first, then others where there is room."""
+    """Write upright names under the axis: the selected first, then others where there is space."""
     names = [str(name) for name in table["layer"]]
     selected = table["selected"].to_numpy(dtype=bool)
     rank = table["rank"].to_numpy(dtype=float)

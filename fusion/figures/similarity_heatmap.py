@@ -19,7 +19,7 @@ DIVERGING = "RdBu_r"  # red agrees, blue opposes, white in the middle; safe for 
 ABSENT = "#bdbdbd"  # cells without a number
 
 _BAR = 0.9  # inches: the colour bar with its numbers
-_LONGEST = 1.6  # inches: room for the names of experts
+_LONGEST = 1.6  # inches: space for the names of experts
 _LARGEST_CELL = 0.42  # inches
 _ANNOTATED_CELL = 0.235  # inches: "−0.12" at the smallest legible size still fits
 _SLANTED_CELL = 0.25  # inches: in narrower cells slanted labels would run into each other
@@ -35,7 +35,7 @@ def similarity_heatmap(similarity: pd.DataFrame, *, cluster: bool = False) -> Fi
 
     Args:
         similarity: experts × experts.
-        cluster: order the experts so that similar ones stand together (``cluster_order``).
+        cluster: order the experts so that similar ones are adjacent (``cluster_order``).
     """
     names = [str(name) for name in similarity.index]
     values = similarity.to_numpy(dtype=float)

@@ -1,4 +1,4 @@
-"""One figure of every merge of a study as bars, a bar for each fine-tuning, against a baseline."""
+"""Bars of one figure for every merge and fine-tuning of a study, against a baseline."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def study_bars(
     digits: int = 1,
     baseline: float | None = None,
 ) -> Figure:
-    """Draw ``column`` as bars that lie, grouped by merge, with the values beside them.
+    """Draw ``column`` as horizontal bars, grouped by merge, with the values next to them.
 
-    Bars lie because names are long. They start at 0, as bars must: what differs little is read
-    from the numbers, or drawn as a change.
+    Bars are horizontal because names are long. They start at 0. Small differences can be read from
+    the numbers, or drawn as a change.
 
     Args:
-        table: a row a bar with the columns ``name`` (of the merge), ``strategy`` (of the
+        table: one row per bar with the columns ``name`` (of the merge), ``strategy`` (of the
             fine-tuning), ``column`` and, for several seeds, ``<column>_error``. Rows without a
             number are left out.
-        column: what is drawn.
+        column: the column to draw.
         label: of the axis, with the unit.
         scale: factor of the numbers.
         digits: after the point.
@@ -103,7 +103,7 @@ def study_bars(
 
 
 def _make_room(axes: Axes, values: pd.Series[float], errors: pd.Series[float]) -> None:
-    """Leave space for the numbers beside the bars."""
+    """Leave space for the numbers next to the bars."""
     reach = errors.fillna(0.0)
     low, high = min(0.0, float((values - reach).min())), max(0.0, float((values + reach).max()))
     room = _ROOM * ((high - low) or 1.0) * (2 if errors.notna().any() else 1)

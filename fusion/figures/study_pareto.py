@@ -1,4 +1,4 @@
-"""Accuracy against the time of training, with the Pareto front: what nothing beats at its price."""
+"""Accuracy against training time, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _WIDTH = 5.2  # inches: on a phone still legible
 
 
 def pareto_front(seconds: pd.Series[float], accuracy: pd.Series[float]) -> list[int]:
-    """Return the positions that no other beats: more accurate than everything that is faster.
+    """Return the positions on the Pareto front: more accurate than everything that is faster.
 
-    In the order of their time. Of equals the first stands for all.
+    In the order of their time. Of equals, only the first is included.
     """
     order = sorted(range(len(seconds)), key=lambda i: (seconds.iloc[i], -accuracy.iloc[i]))
     front: list[int] = []
@@ -38,10 +38,10 @@ def pareto_front(seconds: pd.Series[float], accuracy: pd.Series[float]) -> list[
 
 
 def study_pareto(table: pd.DataFrame) -> Figure:
-    """Draw every fine-tuned merge as a point; colour is what was trained, the marker what merged.
+    """Draw every fine-tuned merge as a point; colour shows the fine-tuning, the marker the merge.
 
     Args:
-        table: a row a point with the columns ``name``, ``strategy``, ``interpolation`` (missing
+        table: one row per point with the columns ``name``, ``strategy``, ``interpolation`` (missing
             for the base), ``training_seconds`` and ``finetuned_accuracy`` (0 to 1), each with its
             ``…_error``.
 
@@ -93,7 +93,7 @@ def study_pareto(table: pd.DataFrame) -> Figure:
             f"{place + 1}  {row['name']}; {finetuning_style(str(row['strategy']))[1]} trained"
             for place, (_, row) in enumerate(best.iterrows())
         ]
-        # Slow and inaccurate: where nobody is.
+        # Slow and inaccurate: an empty corner.
         axes.text(0.98, 0.04, "\n".join(named_best), transform=axes.transAxes, ha="right",
                   linespacing=1.5, fontsize=7)  # fmt: skip
         axes.margins(y=0.1)

@@ -1,4 +1,4 @@
-"""Accuracy against the share of layers that is merged, a line for each interpolation."""
+"""Accuracy against the share of merged layers, with one line per interpolation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 5.2  # inches: on a phone still legible
 _PANEL = 1.9  # inches: height
-_HOLLOW = ("s", "o", "P", "X", "*", "d")  # markers of merges that stand alone
+_HOLLOW = ("s", "o", "P", "X", "*", "d")  # markers of merges without a line
 
 
 def study_share(
@@ -31,10 +31,10 @@ def study_share(
     """Draw accuracy, without and after each fine-tuning, against the share of layers.
 
     Lines join merges that differ in their share alone: ranked as most of the merges are. Those
-    ranked at random are the grey line; other rankings and weightings stand as single points.
+    ranked at random are the grey line; other rankings and weightings are single points.
 
     Args:
-        table: a row for each merge and fine-tuning with the columns ``share`` (0 to 1),
+        table: one row for each merge and fine-tuning with the columns ``share`` (0 to 1),
             ``interpolation``, ``series`` (``usual``, ``random`` or ``other``), ``name``,
             ``strategy``, ``merged_accuracy`` and ``finetuned_accuracy`` (0 to 1), each with
             its ``…_error``.

@@ -1,8 +1,8 @@
-"""What a colour means in every figure of a study.
+"""Colours of the figures of a study.
 
 Fine-tunings are shades of one blue, darker the more is trained: ordered in greyscale too.
-Interpolations are three other hues, each with a marker and a line style of its own. Black is the
-base, grey is chance.
+Interpolations are three other hues, each with a separate marker and line style. Black is the base,
+grey is chance.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OTHERS = (MemberStyle("#E69F00", "P", "-"), MemberStyle("#56B4E9", "X", "--"))
 
 
 def interpolation_styles(names: Iterable[str]) -> dict[str, MemberStyle]:
-    """Return the style of each interpolation; those of others' making share what is left."""
+    """Return the style of each interpolation; foreign ones share the remaining styles."""
     styles: dict[str, MemberStyle] = {}
     for name in dict.fromkeys(names):
         new = [other for other in names if other not in _INTERPOLATIONS]

@@ -1,4 +1,4 @@
-"""The look of every figure: paper-sized, quiet, readable in greyscale and by the colour-blind.
+"""Style of all figures: paper-sized, readable in greyscale and by the colour-blind.
 
 Figures are made without ``pyplot`` and its global state, so they can be drawn in any thread and on
 a machine without a display::
@@ -81,7 +81,7 @@ _EMBED_FONTS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class MemberStyle:
-    """How one member of a pool is drawn; the words are matplotlib's."""
+    """Line style of one member of a pool, in matplotlib's terms."""
 
     color: str
     marker: str
@@ -90,13 +90,13 @@ class MemberStyle:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw what the block draws in the house style; the caller's settings come back after."""
+    """Apply the style of this package within the block, then restore the caller's settings."""
     with matplotlib.rc_context({**_STYLE, **_EMBED_FONTS}):
         yield
 
 
 def new_figure(*, width: float = COLUMN_WIDTH, height: float = 2.4) -> Figure:
-    """Return an empty figure of ``width`` × ``height`` inches that no global state knows of."""
+    """Return an empty figure of ``width`` × ``height`` inches, outside of any global state."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
@@ -105,8 +105,8 @@ def new_figure(*, width: float = COLUMN_WIDTH, height: float = 2.4) -> Figure:
 def palette(n: int) -> tuple[MemberStyle, ...]:
     """Return ``n`` styles, the first (black, solid) for the base.
 
-    Colours, markers and line styles come round with periods 7, 9 and 4: no two of the first 36
-    share marker *and* line style, so up to there the members differ without colour.
+    Colours, markers and line styles repeat with periods 7, 9 and 4. No two of the first 36 share
+    marker *and* line style, so that up to there the members differ without colour.
 
     Raises:
         ValueError: ``n`` is negative.

@@ -1,4 +1,4 @@
-"""Violins of many values, one for each expert, on one shared axis."""
+"""Violins of many values, one per expert, on a shared axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WIDTH = 4.6  # inches
-_ROW, _LOW_ROW = 0.3, 0.2  # inches for each expert: of few, of so many that a page gets full
+_ROW, _LOW_ROW = 0.3, 0.2  # inches for each expert: for few, and for so many that a page is full
 _TALL = 6.0  # inches: rows of all experts together, before they get lower
 _HALF = 0.42  # half height of a violin, of the distance between two
 _BINS = 1024  # of the density estimate, over the shown range
@@ -34,16 +34,16 @@ def violins(
 ) -> Figure:
     """Draw the distribution of each column as a violin, with its quartiles.
 
-    Violins lie down, so that names stay legible however many there are. All have the same largest
-    width. The axis spans the central 98 % of all values together (from 0 for absolute ones) and
-    says what share lies beyond (task vectors have heavy tails); densities and quartiles take
-    account of all of them.
+    Violins are horizontal, so that names stay legible however many there are. All have the same
+    largest width. The axis spans the central 98 % of all values together (from 0 for absolute ones)
+    and states the share beyond it (task vectors have heavy tails); densities and quartiles account
+    for all values.
 
     Args:
-        values: a row for each point, a column for each expert.
-        drawn: what the subtitle says of the points.
+        values: one row per point, one column per expert.
+        drawn: description of the points in the subtitle.
         absolute: show absolute values.
-        fig_kwargs: for ``matplotlib.pyplot.subplots``; they win over this function's own choices.
+        fig_kwargs: for ``matplotlib.pyplot.subplots``; they override this function's defaults.
     """
     from matplotlib import pyplot as plt
 
@@ -110,7 +110,7 @@ def _density(
     spread = min(float(data.std()), float(np.subtract(*np.quantile(data, [0.75, 0.25]))) / 1.34)
     step = (high - low) / _BINS
     bandwidth = max(0.9 * (spread or float(data.std())) * len(data) ** -0.2, step)
-    margin = int(np.ceil(4 * bandwidth / step))  # what lies just beyond the axis smears into it
+    margin = int(np.ceil(4 * bandwidth / step))  # values just beyond the axis contribute to it
     counts, edges = np.histogram(
         data, bins=_BINS + 2 * margin, range=(low - margin * step, high + margin * step)
     )

@@ -1,4 +1,4 @@
-"""The parts of a merge: they know pools and tensors, not folders and not configuration."""
+"""The parts of a merge, on pools and tensors, independent of folders and configuration."""
 
 from fusion.merging.rule import MatrixRule, Need, Piece, Rule, TaskRule, merge_tensor
 

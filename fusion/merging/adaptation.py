@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What adaptation found.
+    """Result of the adaptation.
 
     Attributes:
         values: (layers or 1, experts): λ of each expert in each layer.
@@ -52,15 +52,15 @@ def adapt_coefficients(
     device: torch.device,
     progress: bool | None = None,
 ) -> Coefficients:
-    r"""Return the coefficients that make the merged network most certain on the experts' images.
+    r"""Return the coefficients that minimise the merged network's entropy on the experts' images.
 
     .. math::
         \min_\lambda \sum_t \mathbb{E}_{x \sim D_t} H\bigl(p(y \mid x; \theta(\lambda))\bigr),
         \qquad \theta_l(\lambda) = \theta_{0,l} + \sum_i \lambda_{l,i} \tau_{i,l}
 
     Adam minimises the entropy of the predictions on unlabelled training images of each task, with
-    the task's own head. The network stays in evaluation mode: its buffers, running statistics
-    among them, are read and never written.
+    the task's own head. The network stays in evaluation mode: its buffers, including running
+    statistics, are read and never written.
 
     Args:
         network_of: task → a network whose buffers and head are used; its parameters are replaced.
@@ -68,10 +68,11 @@ def adapt_coefficients(
         choice: the layers that are merged.
         modelpool: has the images of each task.
         with_head: whether the head is merged like any layer.
-        per_layer: a coefficient for each expert in each layer, instead of one in all layers.
-        initial: where all coefficients start.
+        per_layer: one coefficient for each
+            expert in each layer, instead of one in all layers.
+        initial: initial value of all coefficients.
         steps: of Adam.
-        learning_rate: Adam's.
+        learning_rate: learning rate of Adam.
         batch_size: images of each task in a step.
         seed: of the order of the images.
         device: where to compute.
@@ -117,7 +118,7 @@ def merge_with_coefficients(
     with_head: bool,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the merged tensors that coefficients stand for, on the CPU."""
+    """Return the merged tensors for given coefficients, on the CPU."""
     per_layer = coefficients.layers != ("",)
     base, changes, rows, _ = _task_vectors(members, choice, with_head, per_layer, device)
     values = coefficients.values.to(device)

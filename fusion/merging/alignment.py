@@ -1,4 +1,4 @@
-"""Experts in the order of a reference's units: the stage before a merge."""
+"""The alignment stage before a merge: permute experts to the unit order of a reference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AlignBy = Literal["weights", "activations", "merge_many"]
 
 @dataclass(frozen=True)
 class AlignmentRecord:
-    """What alignment did to one expert.
+    """Effect of alignment on one expert.
 
     Attributes:
         objective_before: agreement with the reference, 1 at most; see `Alignment`.
@@ -55,19 +55,19 @@ class AlignmentRecord:
 
     @property
     def gain(self) -> float:
-        """What the objective gained."""
+        """Gain of the objective."""
         return self.objective_after - self.objective_before
 
     @property
     def moved(self) -> int:
-        """How many units (and blocks) changed place."""
+        """Number of units (and blocks) that changed place."""
         return sum(group.moved for group in self.groups)
 
 
 @checked
 @dataclass(frozen=True)
 class AlignmentStage:
-    """How experts are brought into one order of their units.
+    """Options of the alignment of experts to one order of units.
 
     Attributes:
         by: match units by their ``weights``, or by their ``activations`` on training images, or
@@ -79,7 +79,7 @@ class AlignmentStage:
         calibration: the sample of images, for ``activations``.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     by: AlignBy = "weights"
@@ -106,16 +106,16 @@ class AlignmentStage:
             )
         model = modelpool.architecture(modelpool.pretrained_or_first_name).eval()
         if self.shape is None and modelpool.has_data("train"):
-            check_traceable(model)  # the pool's own images will do; loading them may take long
+            check_traceable(model)  # the pool's images suffice; loading them may take long
         else:
             example_input_for(model, self.shape)
 
     def run(
         self, members: Members, modelpool: BaseModelPool, *, device: torch.device | str
     ) -> tuple[Members, dict[str, AlignmentRecord]]:
-        """Return the members with the experts' units in one order, and what was done.
+        """Return the members with the experts' units in one order, and a record per expert.
 
-        An expert of which nothing moves is the pool's own, bit for bit.
+        An expert of which nothing moves equals the pool's, bit for bit.
 
         Args:
             members: base and experts.
@@ -200,7 +200,7 @@ def symmetries(
 
 
 def activation_images(modelpool: BaseModelPool, calibration: Calibration) -> list[Tensor]:
-    """Return the batches on which activations are compared, kept to be read for every network."""
+    """Return the batches on which activations are compared, to be reused for every network."""
     return list(
         sample_images(
             modelpool.images(),

@@ -1,4 +1,4 @@
-"""Put merged tensors, heads and running statistics together into a network."""
+"""Assemble a network from merged tensors, heads and running statistics."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Assembly:
-    """Makes networks of one pool: the merged one, and its controls under the same treatment.
+    """Factory of a pool's networks: the merged one, and its controls under the same treatment.
 
     Attributes:
-        members: what is merged.
-        choice: the merged layers, whose running statistics are merged too where asked for.
-        plan: what becomes of the heads.
+        members: base and experts.
+        choice: the merged layers, whose running statistics are merged too if requested.
+        plan: the plan of the heads.
         treatment: of the running statistics.
         modelpool: has the images.
         fabric: where to compute.
@@ -51,7 +51,7 @@ class Assembly:
     joint: Mapping[str, Tensor] | None = None
 
     def heads(self) -> dict[str, dict[str, Tensor]]:
-        """Return what the plan makes of the heads that are no ordinary layers."""
+        """Return the heads, according to the plan, that are not ordinary layers."""
         members = self.members
         return merged_heads(
             self.plan, members.head, members.base, members.experts, self.modelpool, self.joint
@@ -66,8 +66,8 @@ class Assembly:
         """Return a network, or one with several heads.
 
         Args:
-            state: tensors shared by all tasks; what is missing is the base's.
-            heads: task → head, or ``""`` → the only head; what is missing is the base's.
+            state: tensors shared by all tasks; missing ones are taken from the base.
+            heads: task → head, or ``""`` → the only head; missing ones are taken from the base.
             own: task → further parameters of that task alone.
         """
         return self.filled(self.members.body(), state, heads, own)
@@ -82,7 +82,7 @@ class Assembly:
         """Return the same as :meth:`network`, made of ``body``, which is changed.
 
         Args:
-            body: what is missing elsewhere is from here; on the meta device, the result is as well.
+            body: source of missing tensors; if it is on the meta device, so is the result.
             state, heads, own: see :meth:`network`.
         """
         # A rule on folded batch norm has decided about the running statistics there.
@@ -102,7 +102,7 @@ class Assembly:
         return body
 
     def statistics(self) -> dict[str, Tensor]:
-        """Return the running statistics that are made of the experts', if the treatment says so."""
+        """Return the running statistics computed from the experts', where they are merged."""
         if self.treatment not in ("merge", "interpolate"):
             return {}
         return merge_statistics(self.members, self.choice, self.treatment)
@@ -118,7 +118,7 @@ class Assembly:
         )
 
     def _load_statistics(self, network: nn.Module, choice: LayerChoice) -> None:
-        """Give a network the running statistics that the experts' Gram matrices say."""
+        """Set the running statistics of a network from the experts' Gram matrices."""
         assert self.measured is not None
         found = statistics_from_grams(self.members, choice, network, self.measured)
         load_tensors(network, found)
@@ -129,9 +129,9 @@ class Assembly:
         heads: Mapping[str, Mapping[str, Tensor]],
         own: Mapping[str, Mapping[str, Tensor]],
     ) -> MultiTaskNetwork:
-        """Return a network that has for each task what belongs to it alone."""
+        """Return a network with the tensors of each task alone."""
         tasks = self.modelpool.tasks
-        # Networks that differ in more than their head have running statistics of their own.
+        # Networks that differ in more than their head have separate running statistics.
         apart = bool(own) or self.treatment == "recalibrate_per_task"
         statistics = _statistics(body) if apart else {}
         parts: dict[str, Mapping[str, Tensor]] = {}

@@ -18,10 +18,10 @@ def mean_network(
     *,
     statistics: str = "merge",
 ) -> nn.Module:
-    """Return a copy of ``like`` that holds the mean of the members' tensors.
+    """Return a copy of ``like`` with the mean of the members' tensors.
 
-    A tensor of which the members' shapes differ from ``like``'s (a head) stays ``like``'s, and so
-    do integer buffers, which have no mean.
+    Tensors whose shapes in the members differ from ``like``'s (a head) are kept from ``like``, and
+    so are integer buffers, which have no mean.
 
     Args:
         like: a network of the members' architecture.

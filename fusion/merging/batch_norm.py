@@ -1,4 +1,4 @@
-"""What becomes of batch-norm statistics when networks are merged."""
+"""Treatments of batch-norm statistics when networks are merged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Calibration:
     """The sample of unlabelled training images that a network is measured on.
 
     Attributes:
-        images: how many, at most.
+        images: maximum number of images.
         batch_size: images per forward pass.
         seed: of the draw.
 
@@ -55,18 +55,17 @@ class Calibration:
 def chosen_treatment(
     treatment: str, modelpool: BaseModelPool, model: nn.Module, *, without_images: str
 ) -> str:
-    """Return what ``auto`` stands for here, and check that the choice is possible.
+    """Resolve ``auto``, and check that the choice is possible.
 
     ``auto`` recalibrates where the pool has training data, and takes the cards' Gram matrices where
-    every expert has a card. A network that keeps no running
-    statistics has nothing to treat and is left as it is, but for REPAIR, which needs no batch
-    norm.
+    every expert has a card. A network without running statistics is not treated, except by REPAIR,
+    which needs no batch norm.
 
     Args:
         treatment: one of ``Treatment``.
         modelpool: may have training data.
         model: the architecture.
-        without_images: what ``auto`` stands for in a pool without training data and cards.
+        without_images: the choice of ``auto`` in a pool without training data and cards.
 
     Raises:
         UserError: the treatment needs images, and the pool has no training data.
@@ -93,13 +92,13 @@ def chosen_treatment(
 def statistics_keys(
     model: nn.Module, norms: Collection[str] | None = None
 ) -> list[tuple[str, str]]:
-    """Return the keys (running mean, running variance) of every norm that keeps them.
+    """Return the keys (running mean, running variance) of every norm that has them.
 
     These are batch norms, and instance norms that track running statistics.
 
     Args:
         model: the network.
-        norms: names of norm modules to look at; all by default.
+        norms: names of the norm modules to include; all by default.
     """
     return [
         (f"{name}.running_mean", f"{name}.running_var")
@@ -141,7 +140,7 @@ def merged_statistics(
     *,
     kind: str = "merge",
 ) -> dict[str, Tensor]:
-    """Return the running statistics of one norm, made from the experts'.
+    """Return the running statistics of one norm, computed from the experts'.
 
     Args:
         keys: of running mean and running variance.
@@ -196,7 +195,7 @@ def recalibrate(
 def member_statistics(
     member: nn.Module, modelpool: BaseModelPool, fabric: Fabric, calibration: Calibration
 ) -> MemberStatistics:
-    """Return what `repair_mean` asks of a member, measured once for any number of means.
+    """Return the statistics of a member for `repair_mean`, which serve any number of means.
 
     Args:
         member: a network; it is not changed.

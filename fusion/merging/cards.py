@@ -1,13 +1,13 @@
-"""Merge cards: what a merge asks of an expert's images, written by their owner, without an image.
+"""Merge cards: statistics of an expert's images, written by their owner, that replace the images.
 
-A card is a safetensors file beside the weights. It has, for each layer, the Gram matrix of what the
-layer receives (with a column of ones, one matrix for each group of a convolution); for each batch
-norm the mean and variance of what it receives; for a linear head the share and the mean feature of
-each class; the classes, the number of images, and a digest of the weights that it belongs to. A
+A card is a safetensors file stored alongside the weights. For each layer it has the Gram matrix of
+the inputs (with a column of ones, one matrix for each group of a convolution), for each batch norm
+the mean and variance of its inputs, and for a linear head the share and the mean feature of each
+class. It also has the classes, the number of images, and a digest of the corresponding weights. A
 pool that has the cards of its experts (``BaseModelPool(…, cards={name: file})``) is merged by
 methods that need no more, such as RegMean with batch norm folded, without one image.
 
-What a card reveals is said in the manual: statistics are no anonymisation.
+The manual describes what a card reveals: statistics are no anonymisation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_card(
         modelpool: has the expert, its classes and its training images; no other member is needed.
         name: of the expert.
         path: the file.
-        images: how many images are looked at, at most; the merge itself looks at 500 by default.
+        images: maximum number of images; the merge itself uses 500 by default.
         batch_size: images per forward pass.
         seed: of the draw of the images.
         device: where to compute.
@@ -60,7 +60,7 @@ def write_card(
 
     Raises:
         UserError: there is no such expert, it has no training images or no outputs for their
-            classes, or the file is there already.
+            classes, or the file exists already.
 
     Example::
 

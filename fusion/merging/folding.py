@@ -1,10 +1,10 @@
-"""Batch norm folded into the layer before it, so that a rule sees one affine map.
+"""Fold batch norm into the preceding layer, so that a rule sees one affine map.
 
 A convolution W with bias c and the batch norm behind it compute γ/σ · W x + β - γ/σ · (μ - c) in
 evaluation. The folded form of a network has that map in tensors of the same names: the weight is
-γ/σ · W, the norm's bias is the whole bias, the norm's weight is 1, its mean 0 and its variance
-1 - ε. It computes the same function, and the scale of a convolution that its norm takes away again
-is gone from the weights.
+γ/σ · W, the norm's bias is the whole bias, the norm's weight is 1, its mean 0 and its variance 1 -
+ε. It computes the same function, and the weights no longer contain the scale of a convolution that
+its norm cancels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Folding:
         layer: the layer; not a transposed convolution.
         norm: dotted name of the norm.
         eps: ε of the norm.
-        has_bias: whether the layer has a bias of its own.
+        has_bias: whether the layer has a bias.
     """
 
     layer: Layer
@@ -58,8 +58,8 @@ class Folding:
     def normalised(self, bias: Tensor, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
         """Return the tensors beside the weight that keep a folded map x → W x + bias.
 
-        The running statistics become those of what the norm receives, so that they can be measured
-        anew on other images.
+        The running statistics become those of the norm's inputs, so that they can be measured again
+        on other images.
 
         Args:
             bias: of the folded map, (out,).
@@ -72,7 +72,7 @@ class Folding:
         """Return the tensors beside the weight that keep a folded map x → W x + bias.
 
         The running statistics become those of W x, which the norm receives, so that they can be
-        measured anew on other images.
+        measured again on other images.
 
         Args:
             weight: W, in its own shape.
@@ -113,8 +113,9 @@ def find_foldings(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Fold
     """Return, by the layer's name, the batch norms that stand right behind a layer.
 
     Both must run once, as modules, and nothing else may read the layer's output. A network whose
-    forward pass cannot be traced has none: what else reads an output is not known there. Neither
-    have transposed convolutions and norms without a weight or without running statistics.
+    forward pass cannot be traced has none, because other readers of an output are unknown there.
+    Transposed convolutions and norms without a weight or without running statistics have none
+    either.
 
     Args:
         network: the network; it may live on the meta device.

@@ -22,11 +22,11 @@ def statistics_from_grams(
         \mu = W m + c, \qquad \sigma^2 = \operatorname{diag}(W G W^T) - (W m)^2, \qquad
         \begin{pmatrix} G & m \\ m^T & 1 \end{pmatrix} = \sum_i s_i \tilde G_i
 
-    for a layer with the merged weight W and bias c, and :math:`\tilde G_i` the Gram matrix of what
-    the layer receives in expert i, with a column of ones. So the variance that the mean of weights
-    loses is seen, without an image; that the layers before are merged, too, is not. Norms that are
-    not right behind a layer get mean and variance of the mixture of what they receive in the
-    experts.
+    for a layer with the merged weight W and bias c, and :math:`\tilde G_i` the Gram matrix of the
+    layer's inputs in expert i, with a column of ones. This accounts, without images, for the
+    variance that averaging weights loses, but not for the merging of the preceding layers. Norms
+    that are not right behind a layer get mean and variance of the mixture of what they receive in
+    the experts.
 
     Args:
         members: base and experts.

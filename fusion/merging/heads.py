@@ -1,4 +1,4 @@
-"""What becomes of the heads: merged where experts share their classes, else one for each task."""
+"""Treatments of the heads: merged where experts share their classes, else one per task."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Kind = Literal["merged", "pretrained", "union", "tasks", "joint"]
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """What becomes of the heads of a pool.
+    """The plan of the heads of a pool.
 
     Attributes:
         kind: ``merged`` (all experts share one label space: the head is a layer like any other),
             ``pretrained`` (the base's head is kept), ``union`` (the experts' rows, class by class),
-            ``joint`` (one head for all classes, solved from what each expert's head receives of
-            them) or ``tasks`` (one head for each task).
-        labels: the classes of the result's outputs; ``None`` where nobody knows them, or where
-            there are several heads.
+            ``joint`` (one head for all classes, solved from the inputs of each expert's head) or
+            ``tasks`` (one head for each task).
+        labels: the classes of the result's outputs; ``None`` where they are unknown, or where there
+            are several heads.
         groups: the experts by label space: those of one group share their head.
         base_shares: whether the experts have one label space, and the base has it too if there is
             a base.
-        assumed: members whose classes nobody knows: taken to be those of members whose heads have
+        assumed: members of unknown classes, which are taken to be those of members whose heads have
             the same shape.
     """
 
@@ -54,10 +54,10 @@ class HeadPlan:
 
 
 def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
-    """Decide by the members' classes what becomes of their heads.
+    """Plan the heads from the members' classes.
 
     Two heads serve one label space where their classes are equal and stand in the same order.
-    Shapes decide only where nobody knows the classes of a member: such a member is taken to share
+    Shapes decide only where the classes of a member are unknown: such a member is taken to share
     the classes of the members whose heads have the same shape.
 
     Args:
@@ -67,8 +67,8 @@ def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
             theirs, else ``tasks``.
 
     Raises:
-        UserError: a union of heads or a joint one whose classes nobody knows, or a kept head
-            without a base.
+        UserError: a union of heads or a joint head with unknown classes, or a kept head without a
+            base.
     """
     experts = modelpool.model_names
     spaces, assumed = _label_spaces(modelpool)
@@ -118,19 +118,19 @@ def merged_heads(
     modelpool: BaseModelPool,
     joint: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return what the plan makes of the heads that are no ordinary layers.
+    """Return the heads, according to the plan, that are not ordinary layers.
 
     Args:
         plan: the plan.
         head: the head's tensors.
         base: the base's state dict.
         experts: the experts' state dicts.
-        modelpool: knows classes and tasks.
+        modelpool: provides classes and tasks.
         joint: the head of a ``joint`` plan, see :func:`fusion.merging.joint_head.joint_head`.
 
     Returns:
         task → the head's tensors; the only key is ``""`` where there is a single head. Experts of
-        one label space share one mapping. Nothing for a head that is merged as a layer, or kept.
+        one label space share one mapping. Empty for a head that is merged as a layer, or kept.
     """
     if plan.kind == "joint":
         assert joint is not None
@@ -168,7 +168,7 @@ def task_labels(plan: HeadPlan, modelpool: BaseModelPool) -> dict[str, LabelSpac
 
 
 def union_space(modelpool: BaseModelPool) -> LabelSpace:
-    """Return the classes of a union of heads: the base's where it knows all the experts'.
+    """Return the classes of a union of heads: the base's if they include all the experts'.
 
     Otherwise they are the experts' classes alone, see :func:`experts_space`.
 
@@ -186,10 +186,10 @@ def union_space(modelpool: BaseModelPool) -> LabelSpace:
 def experts_space(modelpool: BaseModelPool, *, head: str) -> LabelSpace:
     """Return the classes of all experts, each once.
 
-    They stand in the order of their original labels where these are known, else as they come.
+    They are ordered by their original labels where these are known, else by first occurrence.
 
     Args:
-        modelpool: knows the experts' classes.
+        modelpool: provides the experts' classes.
         head: the choice that needs them, for the message.
 
     Raises:
@@ -230,9 +230,9 @@ def union_rows(
     experts: Sequence[tuple[Tensor, LabelSpace]],
     labels: LabelSpace,
 ) -> Tensor:
-    """Return a head tensor whose row for each class is the mean of the experts' that know it.
+    """Return a head tensor whose row of each class is the mean over the experts with that class.
 
-    A class that no expert knows keeps the base's row.
+    A class without an expert keeps the base's row.
 
     Args:
         base: the base's tensor (classes of the base, …) and its classes.
@@ -282,7 +282,7 @@ def _mean_head(head: Head, members: Sequence[Mapping[str, Tensor]]) -> dict[str,
 
 @dataclass(frozen=True)
 class _Unknown:
-    """Classes that nobody knows: those of a head of these shapes, of a task if one was named."""
+    """Unknown classes: those of a head of these shapes, of a task if one was named."""
 
     shapes: tuple[tuple[int, ...], ...]
     task: str | None

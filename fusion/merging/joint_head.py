@@ -1,4 +1,4 @@
-"""One head for the classes of all experts, in closed form from what each expert's head receives."""
+"""One head for the classes of all experts, in closed form from the inputs of the experts' heads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ head that fits the experts' features closely fits their differences. See scripts
 
 @dataclass(frozen=True, eq=False)
 class ClassStatistics:
-    """What one expert's head receives, and of which classes.
+    """Statistics of the inputs of one expert's head, by class.
 
     Attributes:
         gram: mean over images of x̃ x̃ᵀ, x̃ the features and a 1, (d + 1, d + 1).
@@ -37,7 +37,7 @@ class ClassStatistics:
 
     @property
     def seen(self) -> int:
-        """How many classes there are images of."""
+        """Number of classes with images."""
         return int((self.classes[:, -1] > 0).sum())
 
 
@@ -63,7 +63,7 @@ def solve_head(
     classes count alike. ρ is ``ridge`` times the mean of the diagonal of Σ.
 
     Args:
-        experts: what each expert's head receives; one number of features d.
+        experts: statistics of each expert's head; equal number of features d.
         labels: the classes of the result, in order.
         bias: whether the head has a bias.
         ridge: relative to the features' variance.
@@ -132,7 +132,7 @@ def joint_head(
 
     Args:
         members: base and experts.
-        modelpool: knows the experts' classes.
+        modelpool: provides the experts' classes.
         statistics: ``gram`` and ``classes`` of the head.
         labels: the classes of the result.
 

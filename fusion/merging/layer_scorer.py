@@ -19,7 +19,7 @@ from fusion.spectrum import LayerSNR
 
 @dataclass(frozen=True)
 class LayerScorer:
-    """Finds out what a selective merge ranks and weighs layers by.
+    """Scorer of the layers for a selective merge.
 
     Attributes:
         snr: signal-to-noise ratio of a weight, given the number of its groups; ``None`` scores as

@@ -1,4 +1,4 @@
-"""Which layers stand out, and by what: the scores that a selective merge ranks layers by."""
+"""Layer scores by which a selective merge ranks layers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ SIMILARITY_WEIGHT = 1.7  # the notebook's choice in its hybrid score; kept for c
 
 @dataclass
 class LayerRecord:
-    """Everything found out about one layer of a pool.
+    """All scores of one layer of a pool.
 
     Attributes:
         layer: the layer.
         shape: of its weight in the base.
         is_head: whether a member's weight has another shape, so that the layer cannot be merged.
-        snr: member → what the noise model finds in its weight.
-        task_vector_snr: mean over the experts of the SNR of (expert − base); NaN for a head, and
-            where nobody asked.
+        snr: member → result of the noise model for its weight.
+        task_vector_snr: mean over the experts of the SNR of (expert − base); NaN for a head, and if
+            not requested.
         similarity: mean cosine over pairs of experts of their changes to the layer; NaN for a
             head, with fewer than two experts, or where an expert did not change the layer.
         relative_change: mean over the experts of ‖expert − base‖ / ‖base‖; NaN for a head.
-        score: what the layer is ranked by.
+        score: the score by which the layer is ranked.
         rank: its place, 1 the best; None for a layer that is not a candidate.
         selected: whether it is merged.
-        weights: expert → share in the merge.
+        weights: expert → its share in the merge.
     """
 
     layer: Layer
@@ -54,8 +54,8 @@ class LayerRecord:
 def weight_matrix(weight: Tensor, layer: Layer) -> Tensor:
     """Return the weight with its output units first, as the noise model expects it.
 
-    A transposed convolution holds (in, out/groups, kh, kw). In groups its blocks lie along the
-    input axis; they are scored as they lie.
+    A transposed convolution holds (in, out/groups, kh, kw). With groups, its blocks lie along the
+    input axis and are scored in that layout.
     """
     if layer.kind == "conv_transpose" and layer.groups == 1:
         return weight.transpose(0, 1)
@@ -140,7 +140,7 @@ def select_named(records: Sequence[LayerRecord], names: Sequence[str]) -> None:
 
 
 def share_count(top_p: float, layers: int) -> int:
-    """Return ceil(top_p·layers), blind to the rounding of the product (0.1 · 30 is 3, not 4)."""
+    """Return ceil(top_p·layers), robust to the rounding of the product (0.1 · 30 is 3, not 4)."""
     return min(layers, math.ceil(round(top_p * layers, 9)))
 
 

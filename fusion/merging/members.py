@@ -1,4 +1,4 @@
-"""What is merged: the base and the experts as layers, tensors and heads, read once."""
+"""Members of a merge: the base and the experts as layers, tensors and heads, read once."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from fusion.weights import (
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Which layers are merged, and how much of each expert goes into each of them.
+    """The layers that are merged, and the share of each expert in each of them.
 
     Attributes:
-        shares: layer → one number for each expert, summing to 1; a layer that is not named stays
-            as the base has it.
+        shares: layer → one number for each expert, summing to 1; layers that are not named are kept
+            from the base.
     """
 
     shares: Mapping[str, tuple[float, ...]]
@@ -47,9 +47,9 @@ class Chosen:
     """A tensor that is merged.
 
     Attributes:
-        key: its state-dict key; the first one of a tensor that stands under several.
+        key: its state-dict key; the first one of a tensor with several keys.
         layer: the layer that owns it.
-        depth: place of the layer in the forward pass, from 0 (first) to 1 (last).
+        depth: position of the layer in the forward pass, from 0 (first) to 1 (last).
         shares: the experts' coefficients, summing to 1.
     """
 
@@ -90,7 +90,7 @@ class Members:
     """Base and experts of a pool, ready to be merged.
 
     Attributes:
-        network: the base, or the first expert where there is no base: what is not merged is its.
+        network: the base, or the first expert where there is no base; source of unmerged tensors.
         base: the base's state dict; ``None`` where there is no base.
         experts: name → the expert's tensors, in the order of the reference's units.
         layers: the layers in the order of the forward pass.
@@ -121,7 +121,7 @@ class Members:
 
     @classmethod
     def open(cls, modelpool: BaseModelPool) -> Members:
-        """Open the members of a pool, all of which are files: nothing is read, nor checked.
+        """Open the members of a pool, all of which are files, without reading or checking them.
 
         Raises:
             UserError: a member could not be built.
@@ -169,8 +169,8 @@ class Members:
     def folded(self) -> Members:
         """Return the members with batch norm folded into the layer before it.
 
-        Tensors keep their names, and the members compute what they did; see
-        :mod:`fusion.merging.folding`. What is not merged stays as ``network`` has it.
+        Tensors keep their names, and the members compute the same functions; see
+        :mod:`fusion.merging.folding`. Unmerged tensors are kept from ``network``.
         """
         foldings = find_foldings(self.network, self.layers)
 
@@ -242,10 +242,10 @@ class Members:
         Args:
             choice: which layers, and the experts' shares.
             with_head: whether the head is merged like any layer.
-            device: where the tensors are wanted.
+            device: device of the yielded tensors.
             seed: of everything random.
             statistics: state-dict key → name → statistics of the experts' data.
-            plan: what the rule made of the whole network.
+            plan: result of the rule's ``prepare``.
         """
         for chosen in self.chosen(choice, with_head=with_head):
             found = (statistics or {}).get(chosen.key, {})
@@ -267,8 +267,8 @@ class Members:
             chosen: the tensor.
             device, seed, plan: see :meth:`pieces`.
             statistics: name → statistics of the experts' data.
-            part: where the wanted part of the tensor begins and ends, counted in C order; only of
-                members that were opened. A part is flat.
+            part: start and end of the requested part of the tensor, counted in C order; only for
+                opened members. A part is flat.
         """
         tensors = [_read(self.experts[name], chosen.key, part) for name in self.names]
         base = None if self.base is None else _read(self.base, chosen.key, part)

@@ -22,7 +22,7 @@ from fusion.weights import tensors_of
 
 log = logging.getLogger(__name__)
 
-MAX_ROUNDS = 50  # three digit networks of 350,000 weights settle in about 5
+MAX_ROUNDS = 50  # three digit networks of 350,000 weights converge in about 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class Joined:
     """One network in the common order.
 
     Attributes:
-        model: the network; it computes what the network given computed.
+        model: the network, with the same function as the given one.
         permutations: group → permutation, from the order in which it was given.
-        objective_before: agreement with the mean of the others when its turn first came.
-        objective_after: the same when its turn came last.
-        groups: what changed place, and what all the turns together gained.
+        objective_before: agreement with the mean of the others at its first turn.
+        objective_after: the same at its last turn.
+        groups: permuted units, and the total gain of all turns.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""The student's notebook to the letter, kept so that its figures can be compared with ours."""
+"""Exact reimplementation of the notebook, so that its figures can be compared with ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NotebookTies(Rule):
         [\operatorname{sign} \tau_1 = \dots = \operatorname{sign} \tau_n]
 
     Nothing is trimmed, and no sign wins: that is *not* TIES (arXiv 2306.01708) at any density. The
-    experts' shares play no part.
+    experts' shares are ignored.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
@@ -48,7 +48,7 @@ def score(weight: Tensor) -> LayerSNR:
 
 
 def split_norms(layers: Sequence[Layer], model: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers with every norm that has a weight as a layer of its own."""
+    """Return the layers, with every norm that has a weight as a separate layer."""
     state = model.state_dict()
     split: list[Layer] = []
     for layer in layers:

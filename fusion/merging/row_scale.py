@@ -1,4 +1,4 @@
-"""Experts brought to the base's scale, channel by channel, where batch norm hides the scale."""
+"""Rescale experts to the base, channel by channel, where batch norm makes the scale arbitrary."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def with_rows_of_base(members: Members) -> Members:
     r"""Return the members with each expert's kernels scaled to the row norms of the base.
 
     Batch norm undoes any positive factor of a channel that enters it, so the row norms of a kernel
-    before it mean nothing to the function, but much to a rule that compares or adds kernels. With
+    before it do not affect the function, but do affect a rule that compares or adds kernels. With
 
     .. math::
         s_r = \lVert W_{0,r} \rVert / \lVert W_r \rVert, \qquad
         W_r \to s_r W_r, \quad \mu_r \to s_r \mu_r, \quad
         \sigma^2_r + \epsilon \to s_r^2 (\sigma^2_r + \epsilon)
 
-    each expert computes what it did, up to rounding (and up to :math:`\epsilon` where a variance
-    would fall below 0). Without a base the first expert is the measure. Rows of zeros stay.
+    each expert computes the same function, up to rounding (and up to :math:`\epsilon` where a
+    variance would fall below 0). Without a base the first expert is the reference. Rows of zeros
+    are not changed.
     """
     foldings = find_foldings(members.network, members.layers)
     reference = members.base or next(iter(members.experts.values()))

@@ -1,4 +1,4 @@
-"""What a merging rule is: it receives one tensor of one layer and returns the merged tensor."""
+"""Base classes of merging rules, which map one tensor of one layer to the merged tensor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fusion.weights import weighted_mean
 from fusion.weights.operands import normalised_weights, working_operands
 
 KernelLayout = Literal["rows", "split"]
-"""How a kernel is made a matrix: out × (in · height · width), or (out · height) × (in · width)."""
+"""Layout of a kernel as a matrix: out × (in · height · width), or (out · height) × (in · width)."""
 
 
 class Need(Enum):
-    """What a rule cannot do without, beside the experts."""
+    """Requirements of a rule in addition to the experts."""
 
     BASE = "a pretrained model"
     IMAGES = "images without labels"
@@ -40,14 +40,14 @@ class Piece:
     Attributes:
         key: state-dict key of the tensor.
         layer: the layer that owns it.
-        depth: place of the layer in the forward pass, from 0 (first) to 1 (last).
+        depth: position of the layer in the forward pass, from 0 (first) to 1 (last).
         base: the pretrained model's tensor, (*shape); ``None`` where there is no base.
         experts: the experts' tensors, (n, *shape).
         names: the experts' names.
         shares: the experts' coefficients in this layer, n numbers that sum to 1.
-        statistics: what the rule asked for by ``Rule.statistics``; see
+        statistics: the statistics named by ``Rule.statistics``; see
             :mod:`fusion.merging.statistics` for names and shapes.
-        plan: what the rule's :meth:`Rule.prepare` returned.
+        plan: the result of the rule's :meth:`Rule.prepare`.
         seed: of everything random in this tensor.
         bias: state-dict key that the bias of the layer has, if there is one.
         kernel: how :meth:`matrices` lays a two-dimensional kernel out; a rule sets it.
@@ -116,7 +116,7 @@ class Piece:
         return shape[0] // self.layer.groups > 1
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """Return the weight as the matrices that its groups are.
+        """Return the weight as one matrix per group.
 
         Args:
             tensor: (…, *shape), a weight or a stack of weights of this layer.
@@ -138,7 +138,7 @@ class Piece:
         return split.transpose(-3, -2).reshape(*lead, g, shape[1], -1)
 
     def from_matrices(self, matrices: Tensor) -> Tensor:
-        """Return the weight (…, *shape) that :meth:`matrices` would take apart."""
+        """Return the weight (…, *shape) of given matrices, the inverse of :meth:`matrices`."""
         shape = self.experts.shape[1:]
         lead = matrices.shape[:-3]
         g = self.layer.groups
@@ -176,25 +176,25 @@ class Piece:
 Pieces = Callable[[], Iterator[Piece]]
 """Calling it walks through the tensors of the network in forward order, one in memory at a time.
 
-They are whole, unless the rule ``prepares_in_parts``, and have the statistics that the rule asks
-for, but no plan yet.
+They are whole, unless the rule ``prepares_in_parts``, and have the statistics that the rule
+requests, but no plan yet.
 """
 
 
 class Rule(ABC):
-    """How one tensor is merged. Subclass this as a frozen dataclass and write :meth:`merge`.
+    """Base class of merging rules. Subclass it as a frozen dataclass and write :meth:`merge`.
 
     The pipeline calls :meth:`prepare` once, with all tensors that will be merged, and then
     :meth:`merge` for each of them (or :meth:`merge_affine`, for a rule that is ``affine``).
     Floating-point parameters pass through a rule; running statistics and integer buffers do not.
 
-    The properties say what the pipeline must bring. A subclass overrides them by plain class
-    attributes, such as ``elementwise = True``; a rule that wraps another one passes its on.
+    The properties declare what the pipeline must provide. A subclass overrides them by plain class
+    attributes, such as ``elementwise = True``; a rule that wraps another one forwards them.
     """
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the rule cannot do without; a pool that lacks it is refused before any work."""
+        """Requirements of the rule; a pool that lacks one is refused before any work."""
         return frozenset()
 
     @property
@@ -243,10 +243,10 @@ class Rule(ABC):
         return False
 
     def prepare(self, pieces: Pieces) -> Any:
-        """Look at the whole network before the first tensor is merged; nothing by default.
+        """Process the whole network before the first tensor is merged; nothing by default.
 
         Returns:
-            whatever :meth:`merge` is to find as ``piece.plan``.
+            the value of ``piece.plan`` in :meth:`merge`.
         """
         del pieces
 
@@ -268,11 +268,11 @@ class Rule(ABC):
 
 
 class TaskRule(Rule):
-    """A rule that can give each expert's task a tensor of its own, such as a masked common one.
+    """A rule that can return a separate tensor for each expert's task, such as a masked common one.
 
     Attributes:
         per_task: whether the result has a network for each task, made by :meth:`separate`, instead
-            of the one that :meth:`merge` makes.
+            of one network made by :meth:`merge`.
     """
 
     per_task: bool
@@ -285,12 +285,12 @@ class TaskRule(Rule):
 class MatrixRule(Rule):
     """A rule on matrices: every weight is merged as the matrices of its groups.
 
-    What is no matrix (biases, norm parameters, depthwise kernels) becomes the mean of the experts,
+    Other tensors (biases, norm parameters, depthwise kernels) become the mean of the experts,
     which is the base plus the mean of the changes, unless a subclass overrides
     :meth:`merge_other`.
 
     Attributes:
-        kernel: how a kernel is laid out as a matrix; a subclass may make it an option.
+        kernel: layout of a kernel as a matrix; a subclass may make it an option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
@@ -317,7 +317,7 @@ class MatrixRule(Rule):
         """
 
     def merge_other(self, piece: Piece) -> Tensor:
-        """Return the merged tensor of what is no matrix, (*shape)."""
+        """Return the merged tensor of a piece that is not a matrix, (*shape)."""
         return mean_of_experts(piece)
 
 
@@ -340,7 +340,7 @@ def merge_tensor(
     statistics: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Merge the weight of one layer as if it were the whole network: to try out a rule.
+    """Merge the weight of one layer as if it were the whole network, to try out a rule.
 
     Args:
         rule: the rule.

@@ -1,4 +1,4 @@
-"""Merging from the input to the output: statistics come from behind the layers merged already."""
+"""Sequential merging from input to output, with statistics behind the layers merged already."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def merge_in_stages(
 ) -> dict[str, Tensor]:
     """Return the merged tensors of the chosen layers, on the CPU.
 
-    The layers go in stages (:func:`~fusion.merging.statistics.stages`). For each stage the
-    statistics ``gram`` and ``cross`` are measured on every expert's images, ``gram`` of what the
-    layers receive behind the merged ones and ``cross`` of that with what the expert's layer
-    returns. Then its layers are merged, and the running statistics behind them are brought up to
-    date, before the next stage is looked at.
+    The layers are merged in stages (:func:`~fusion.merging.statistics.stages`). For each stage the
+    statistics ``gram`` and ``cross`` are measured on every expert's images, ``gram`` of the layers'
+    inputs behind the merged ones, and ``cross`` of these with the outputs of the expert's layer.
+    Then its layers are merged and the running statistics behind them are updated, before the next
+    stage.
 
-    A stage takes one pass of both networks over the images, which ends behind the stage: in all
+    A stage takes one pass of both networks over the images, which ends behind the stage: in total
     about as many whole passes as there are stages. The images, the experts and the merged network
     stay in memory; activations do not. Several processes share the images of each batch and add up
     their moments; each then merges the same layers.
@@ -95,7 +95,7 @@ def merge_in_stages(
 
 
 class _Walk:
-    """The network that is being merged, and the experts beside it."""
+    """The network that is being merged, alongside the experts."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Walk:
             self._images[name] = [mine for batch in drawn if len(mine := self._share(batch))]
 
     def measure(self, layers: Sequence[Layer]) -> dict[str, dict[str, Tensor]]:
-        """Return the statistics of the layers that run as modules of their own."""
+        """Return the statistics of the layers that run as separate modules."""
         each: dict[str, Mapping[str, Moments]] = {}
         for group, names in self._groups.items() if layers else ():
             for name in names:
@@ -155,7 +155,7 @@ class _Walk:
     def advance(
         self, stage: Sequence[Layer], merged: Mapping[str, Tensor], found: Statistics
     ) -> None:
-        """Bring the networks up to date with the merged tensors of a stage."""
+        """Update the networks with the merged tensors of a stage."""
         for group, names in self._groups.items():
             network = self._networks[group]
             load_tensors(network, merged)

@@ -1,4 +1,4 @@
-"""Write the result of a streamed merge: which tensor of its file comes from where."""
+"""Write the result of a streamed merge, and find the source of each tensor in its file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_network(
     """Merge the members of a pool of files into a file, and return the network in it.
 
     The file is the one that :meth:`fusion.modelpool.BaseModelPool.save_model` would have written of
-    ``assembly``'s network. What passes through an elementwise rule and what is copied takes memory
-    for blocks only; another rule takes whole tensors, one at a time; heads that are no layers, and
-    running statistics, are made in memory.
+    ``assembly``'s network. Tensors that pass through an elementwise rule or are copied take memory
+    for blocks only. Other rules take whole tensors, one at a time. Heads that are not layers, and
+    running statistics, are computed in memory.
 
     Args:
         assembly: its members are opened, not read (:meth:`fusion.merging.members.Members.open`).
@@ -83,7 +83,7 @@ def write_network(
         with writing_safetensors(path, infos, notes, tied=tied) as writer:
             stream.write(writer, contents, plan)
     except MemberNotFiniteError as error:
-        pool.preflight()  # reads all weights, and says which are not
+        pool.preflight()  # reads all weights, and names those that are not
         raise not_finite(str(error), path) from None  # finite in the file's dtype alone
     except ResultNotFiniteError as error:
         raise not_finite(str(error), path) from None
@@ -122,7 +122,7 @@ def _contents(
     tasks: Mapping[str, Sequence[str]] | None,
     stored: Mapping[str, Tensor],
 ) -> Contents:
-    """Return where each tensor of the file comes from.
+    """Return the source of each tensor of the file.
 
     Args:
         entries: the tensors, with all their names.

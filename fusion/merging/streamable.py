@@ -15,7 +15,7 @@ _DATA = {Need.IMAGES, Need.LABELS, Need.GRADIENTS}
 
 
 def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str) -> list[str]:
-    """Return what keeps a pool from being merged from file to file: a clause each, with its cure.
+    """Return the obstacles to merging a pool from file to file: one clause each, with its remedy.
 
     Args:
         modelpool: base and experts.

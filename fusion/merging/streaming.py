@@ -1,4 +1,4 @@
-"""Merge tensors from the members' files into another one: memory for a few of their parts only.
+"""Merge tensors from the members' files into another file, with memory for a few parts only.
 
 An elementwise rule merges a long tensor in blocks. A block is read from every member's file,
 merged, and written to its place in the result's file; threads, one for each core, work at different
@@ -23,8 +23,8 @@ from fusion.merging.rule import Piece, Rule, TaskRule
 from fusion.weights import SafetensorsWriter, TensorSource, is_finite, weighted_mean
 from fusion.weights.threads import threads_over_blocks
 
-# Entries of a block: half a megabyte of float32 for each member. Fewer cost more calls than work,
-# more do not fit the cache.
+# Entries of a block: half a megabyte of float32 for each member. With fewer, the overhead of calls
+# dominates; more do not fit the cache.
 BLOCK = 1 << 17
 MOST_THREADS = 8  # more do not write faster, and each has blocks of its own
 
@@ -39,13 +39,13 @@ class ResultNotFiniteError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A tensor that is merged, and where the result goes.
+    """A tensor that is merged, and the destination of the result.
 
     Attributes:
         chosen: the tensor.
         names: in the result's file.
-        experts: for each of these the experts the mean of whose own tensors it is, as
-            :meth:`fusion.merging.rule.TaskRule.separate` gives them; ``None`` for the one tensor
+        experts: for each name, the experts whose tensors are averaged, as
+            :meth:`fusion.merging.rule.TaskRule.separate` gives them; ``None`` for the single tensor
             that :meth:`fusion.merging.rule.Rule.merge` gives.
     """
 
@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Where everything in a result's file comes from.
+    """The sources of all tensors in a result's file.
 
     Attributes:
         merged: tensors that pass through the rule.
@@ -98,7 +98,7 @@ class Stream:
         self._seed = seed
 
     def prepare(self, chosen: Sequence[Chosen]) -> Any:
-        """Return what the rule makes of the whole network.
+        """Return the rule's plan of the whole network.
 
         Raises:
             MemberNotFiniteError: a member has entries that are not.
@@ -140,7 +140,7 @@ class Stream:
     def _jobs(
         self, writer: SafetensorsWriter, contents: Contents, plan: object
     ) -> Iterator[tuple[str, Callable[[], object]]]:
-        """Yield the name in the file of what is written, or an empty one, and what writes it."""
+        """Yield the name of a tensor in the file, or an empty one, and its writer."""
         for target in contents.merged:
             for part in self._parts(target.chosen, self._rule.elementwise):
                 yield target.names[0], partial(self._merge, writer, target, part, plan)
@@ -185,7 +185,7 @@ class Stream:
             _write(writer, name, piece.start, tensor.to("cpu", dtype))
 
     def _unused(self, contents: Contents) -> Iterator[tuple[TensorSource, str]]:
-        """Yield what nothing in the file is made of: it has to be finite, too."""
+        """Yield the tensors that nothing in the file is made of, which must be finite, too."""
         used = {target.chosen.key for target in contents.merged}
         for source in self._members.experts.values():
             yield from ((source, key) for key in source if key not in used)
@@ -199,7 +199,7 @@ def _call(job: Callable[[], object]) -> None:
 
 
 def _blocks(source: TensorSource, key: str) -> Iterator[tuple[int, int]]:
-    """Yield where each block of a tensor begins and ends."""
+    """Yield the start and end of each block of a tensor."""
     length = source.info(key).numel
     return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
 

@@ -36,7 +36,7 @@ def merge_parameters(
         with_head: whether the head is merged like any layer.
         device: where to compute.
         seed: of everything random.
-        statistics: what the rule reads of the experts' data.
+        statistics: the statistics of the experts' data that the rule reads.
     """
 
     def pieces(plan: object = None) -> Iterator[Piece]:
@@ -107,7 +107,7 @@ def separate_parameters(
     Args:
         members: base and experts.
         choice: which layers, and the experts' shares.
-        rule: gives each expert a tensor of its own.
+        rule: returns a separate tensor for each expert.
         tasks: task → its experts; several experts of one task are averaged.
         with_head: whether the head is merged like any layer.
         device: where to compute.
@@ -129,7 +129,7 @@ def separate_parameters(
 
 
 def merge_statistics(members: Members, choice: LayerChoice, kind: str) -> dict[str, Tensor]:
-    """Return running statistics made from the experts', in the chosen layers; head excluded.
+    """Return running statistics computed from the experts', in the chosen layers without the head.
 
     Args:
         members: base and experts.

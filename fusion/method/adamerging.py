@@ -34,30 +34,29 @@ Granularity = Literal["layer", "task"]
 
 
 class AdaMerging(Merge):
-    r"""Merge by task arithmetic whose coefficients make the predictions certain.
+    r"""Merge by task arithmetic with coefficients that minimise the entropy of the predictions.
 
     .. math::
         \theta_l = \theta_{0,l} + \sum_i \lambda_{l,i} \tau_{i,l}, \qquad
         \min_\lambda \sum_t \mathbb{E}_{x \sim D_t} H\bigl(p(y \mid x; \theta(\lambda))\bigr)
 
-    AdaMerging (Yang et al., 2024, arXiv 2310.02575): entropy minimisation by Adam. The paper
-    adapts on the unlabelled *test* images; here the training images are used, and the test set is
-    never looked at. The network stays in evaluation mode, with running statistics recalibrated
-    once at the initial coefficients; implementations that adapt in training mode also move the
-    running statistics. Normalisation and biases have the coefficient of their layer.
+    AdaMerging (Yang et al., 2024, arXiv 2310.02575): entropy minimisation by Adam. The paper adapts
+    on the unlabelled *test* images; here the training images are used, and the test set is never
+    used. The network stays in evaluation mode, with running statistics recalibrated once at the
+    initial coefficients; implementations that adapt in training mode also move the running
+    statistics. Normalisation and biases have the coefficient of their layer.
 
     Args:
-        granularity: ``layer`` (a coefficient for each expert in each layer) or ``task`` (one in
-            all layers).
-        initial: where all coefficients start; 0.3 as in the paper.
+        granularity: ``layer`` (one coefficient per expert and layer) or ``task`` (one per expert).
+        initial: initial value of all coefficients; 0.3 as in the paper.
         steps: of Adam; the paper takes 500.
-        learning_rate: Adam's; 0.001 as in the paper.
-        adaptation_batch: images of each task in a step; 16 as in the paper.
+        learning_rate: learning rate of Adam; 0.001 as in the paper.
+        adaptation_batch: images of each task per step; 16 as in the paper.
         align, head, batch_norm, calibration_images, batch_size, example_input, plot, seed: see
             :class:`~fusion.method.Merge`.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE, Need.IMAGES, Need.GRADIENTS})
@@ -99,7 +98,7 @@ class AdaMerging(Merge):
         self._found: Coefficients | None = None
 
     def merged(self, assembly: Assembly) -> nn.Module:
-        """Adapt the coefficients, and return the network that they stand for."""
+        """Adapt the coefficients, and return the network merged with them."""
         start = super().merged(assembly)
         plan, members = assembly.plan, assembly.members
         device = self.fabric.device
@@ -137,7 +136,7 @@ class AdaMerging(Merge):
             return assembly.network(state, heads)
 
     def coefficient_table(self, names: Sequence[str]) -> pd.DataFrame:
-        """Return one row per layer (or one in all) with a coefficient for each expert.
+        """Return one row per layer (or a single row) with a coefficient for each expert.
 
         Raises:
             UserError: nothing has been merged yet.

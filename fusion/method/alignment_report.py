@@ -1,4 +1,4 @@
-"""What alignment did to the experts: in the report, the log, a table and a figure."""
+"""Report the effect of alignment on the experts: in report, log, table and figure."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ COLUMNS = ("expert", "group", "kind", "size", "moved", "gain")  # of alignment.c
 def write_alignment(
     algorithm: BaseAlgorithm, records: Mapping[str, AlignmentRecord], *, plot: bool
 ) -> None:
-    """Write what alignment did to the report, the log and ``alignment.csv``.
+    """Write the effect of alignment to the report, the log and ``alignment.csv``.
 
-    The figure ``alignment.pdf`` (and ``.png``) is drawn only where a unit moved: of experts that
-    were fine-tuned from the reference usually none does, and an empty figure shows nothing that
-    the log's line does not.
+    The figure ``alignment.pdf`` (and ``.png``) is drawn only where a unit moved: in experts that
+    were fine-tuned from the reference usually none does, and an empty figure would add nothing to
+    the line in the log.
     """
     algorithm.report["alignment"] = {
         name: {
@@ -66,8 +66,8 @@ def write_alignment(
 def alignment_table(records: Mapping[str, AlignmentRecord]) -> pd.DataFrame:
     """Return one row for each expert and group of units; the columns of ``alignment.csv``.
 
-    ``size`` is the number of units (or blocks) of the group, ``moved`` how many changed place,
-    ``gain`` what that added to the objective.
+    ``size`` is the number of units (or blocks) of the group, ``moved`` the number of those that
+    changed place, ``gain`` the increase of the objective.
     """
     import pandas as pd
 

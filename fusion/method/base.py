@@ -1,4 +1,4 @@
-"""An algorithm: what takes a pool of networks and returns one."""
+"""Base class of algorithms, which take a pool of networks and return one network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Timing:
-    """How often a profiled action ran, and how long in all (seconds)."""
+    """Number of calls of a profiled action and their total time in seconds."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -33,11 +33,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """Where an algorithm may write its result while it makes it.
+    """The file to which an algorithm may write its result while computing it.
 
     Attributes:
         path: the safetensors file.
-        metadata: strings to keep in it, beside what says how to build the network.
+        metadata: strings to store in it, in addition to the description of the network.
     """
 
     path: Path
@@ -46,15 +46,15 @@ class ResultFile:
 
 @dataclass
 class Record:
-    """What one run of an algorithm says beside its result.
+    """Record of one run of an algorithm, in addition to its result.
 
     Attributes:
         report: plain JSON values for ``report.json``.
-        controls: networks that are measured beside the result: name → what makes the network.
-        labels: name of a control → the classes of its outputs, where they are not the result's.
+        controls: networks that are measured alongside the result: name → function that builds it.
+        labels: name of a control → the classes of its outputs, if they differ from the result's.
         timings: time spent under each name given to :meth:`BaseAlgorithm.profile`.
-        written: the file that holds the result, if the algorithm wrote it; as
-            :meth:`BaseModelPool.save_model` would have.
+        written: the file with the result, if the algorithm wrote it in the format of
+            :meth:`BaseModelPool.save_model`.
     """
 
     report: dict[str, Any] = field(default_factory=dict)
@@ -67,18 +67,18 @@ class Record:
 class BaseAlgorithm(ABC):
     """Subclass this, write ``run``, and name the class as a method's ``_target_``.
 
-    ``run`` always receives a :class:`BaseModelPool` that passed :meth:`check_pool`: whoever calls
-    it may pass a pool, a ``dict[str, nn.Module]``, a list of modules or one module. Around the
-    outermost call stand the hooks :meth:`on_run_start` and :meth:`on_run_end`. This holds wherever
-    ``run`` was defined: in the class, in a mixin, or assigned later. No constructor of this class
-    needs to be called, and a pool is never changed: what it returns are copies.
+    ``run`` always receives a :class:`BaseModelPool` that passed :meth:`check_pool`: the caller may
+    pass a pool, a ``dict[str, nn.Module]``, a list of modules or one module. The outermost call is
+    surrounded by the hooks :meth:`on_run_start` and :meth:`on_run_end`. This holds wherever ``run``
+    was defined: in the class, in a mixin, or assigned later. No constructor of this class needs to
+    be called, and a pool is never changed: it returns copies.
 
     Attributes:
         output_path: the folder for the tables and figures that the algorithm writes; ``None``
             writes nothing (from the command line it is the run folder).
-        result_file: the file in which the result is wanted. An algorithm may write it itself, and
-            note that in its record; else whoever asked for it does (from the command line it is the
-            run's).
+        result_file: the file requested for the result. An algorithm may write it itself and note
+            that in its record; otherwise the caller does (from the command line it is the run's
+            file).
         progress: whether to show progress bars; ``None`` shows them where there is a terminal.
     """
 
@@ -94,29 +94,29 @@ class BaseAlgorithm(ABC):
         """Return a new network made from the pool.
 
         Args:
-            modelpool: written for: a :class:`BaseModelPool`. Called with: that, or whatever
-                :func:`fusion.modelpool.as_modelpool` makes one of.
+            modelpool: a :class:`BaseModelPool` in the implementation; callers may also pass
+                anything that :func:`fusion.modelpool.as_modelpool` accepts.
         """
 
     def on_run_start(self) -> None:
-        """Do something before ``run``; nothing by default."""
+        """Hook before ``run``; does nothing by default."""
 
     def on_run_end(self) -> None:
-        """Do something after ``run``, also when it failed; nothing by default."""
+        """Hook after ``run``, also when it failed; does nothing by default."""
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
         """Check, before any work, that the algorithm can run on this pool.
 
-        The default demands what merging demands (:meth:`BaseModelPool.preflight`).
+        By default the requirements are those of merging (:meth:`BaseModelPool.preflight`).
 
         Raises:
-            UserError: says what is wrong and the cure.
+            UserError: the algorithm cannot run on this pool.
         """
         modelpool.preflight()
 
     @property
     def fabric(self) -> Fabric:
-        """Lightning's Fabric: where tensors live. Made on first use if none was set."""
+        """Lightning's Fabric, which determines the device. Created on first use if none was set."""
         if self._fabric is None:
             from lightning.fabric import Fabric
 
@@ -129,21 +129,21 @@ class BaseAlgorithm(ABC):
 
     @property
     def record(self) -> Record:
-        """What the present or the last run says beside its result; each run begins a new one."""
+        """The record of the present or the last run; each run begins a new one."""
         if self._record is None:
             self._record = Record()
         return self._record
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the run says in ``report.json`` beside the timings: plain JSON values."""
+        """The run's entries in ``report.json`` in addition to the timings: plain JSON values."""
         return self.record.report
 
     @property
     def controls(self) -> dict[str, Callable[[], nn.Module]]:
-        """Networks that are measured beside the result: name → what makes the network.
+        """Networks that are measured alongside the result: name → function that builds it.
 
-        ``run`` fills it with whatever an honest reader would compare the result with.
+        ``run`` fills it with the networks with which the result should be compared.
         """
         return self.record.controls
 
@@ -176,11 +176,11 @@ class BaseAlgorithm(ABC):
             timing.seconds += time.perf_counter() - start
 
     def __getattribute__(self, name: str) -> Any:
-        """Return an attribute; ``run`` comes with everything that stands around it.
+        """Return an attribute; ``run`` is returned with its checks and hooks.
 
         Looking it up here, rather than wrapping it when a class is made, covers mixins and
-        functions that are assigned to a class or an object. ``super().run`` does not pass here and
-        is the bare method.
+        functions that are assigned to a class or an object. ``super().run`` bypasses this and is
+        the bare method.
         """
         value = super().__getattribute__(name)
         return functools.partial(_run, self, value) if name == "run" else value
@@ -189,7 +189,7 @@ class BaseAlgorithm(ABC):
 def _run(
     algorithm: BaseAlgorithm, run: Callable[[BaseModelPool], nn.Module], modelpool: object
 ) -> nn.Module:
-    """Call an algorithm's ``run``: pool made and checked, hooks called, time logged."""
+    """Call an algorithm's ``run``: make and check the pool, call the hooks, log the time."""
     pool = as_modelpool(modelpool)
     if algorithm._running:  # run calls self.run: the outermost call has done it all
         return run(pool)

@@ -1,4 +1,4 @@
-"""What every method is compared with: experts, ensemble, joint training, random layers."""
+"""Controls of the benchmark: experts, ensemble, joint training, random layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASE, OWN, RANKED = "base", "own ", "ranked by "
 
 
 class BenchmarkControls(BaseAlgorithm):
-    """Make the networks that every method of the benchmark is compared with.
+    """Build the networks with which every method of the benchmark is compared.
 
     The result is the simple average with recalibrated batch norm. Controls are the experts, their
     ensemble, the base with the experts' heads, the base trained on all tasks at once for as many
@@ -46,11 +46,11 @@ class BenchmarkControls(BaseAlgorithm):
 
     Args:
         top_p: share of the layers that is merged under each ranking.
-        draws: how many random selections.
+        draws: number of random selections.
         seed: of everything random.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     @checked
@@ -123,7 +123,7 @@ class BenchmarkControls(BaseAlgorithm):
         per_task: bool = False,
         **options: Any,
     ) -> None:
-        """Merge by a method now, and name the result."""
+        """Merge by a method immediately, and name the result."""
         treatment = "recalibrate_per_task" if per_task else "auto"
         made = algorithm(method, batch_norm=treatment, seed=self.seed, **options)
         made.fabric, made.progress = self.fabric, self.progress
@@ -153,7 +153,7 @@ class BenchmarkControls(BaseAlgorithm):
         """Return a network trained on all tasks at once by the experts' recipe.
 
         It starts from the base with the experts' heads, or from fresh weights where there is no
-        base. ``None`` where an expert is no recipe, or where all have the same data.
+        base. ``None`` where an expert is not a recipe, or where all have the same data.
         """
         recipes = [modelpool.entry(name).member for name in modelpool.model_names]
         if not all(isinstance(recipe, TrainedModel) for recipe in recipes) or not isinstance(
@@ -190,7 +190,7 @@ def cost(network: nn.Module, modelpool: BaseModelPool) -> dict[str, int]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what methods and their merges say to warnings; members still log their training."""
+    """Limit the log of methods and their merges to warnings; members still log their training."""
     loggers = [logging.getLogger(name) for name in ("fusion.method", "fusion.merging")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -203,7 +203,7 @@ def quiet() -> Iterator[None]:
 
 
 def ensemble_of(pool: BaseModelPool) -> Ensemble:
-    """Return all experts of a pool as one network that answers together."""
+    """Return all experts of a pool as one ensemble."""
     names = pool.model_names
     return Ensemble(
         {name: pool.load_model(name) for name in names},

@@ -1,4 +1,4 @@
-"""One method as the benchmark measures it: two tracks, every treatment of batch norm."""
+"""Measure one method for the benchmark: two tracks, every treatment of batch norm."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ class Benchmarked(BaseAlgorithm):
 
     The result is the method with its defaults and recalibrated batch norm. Controls are the same
     under the other treatments of batch norm; the method with its deciding option chosen on
-    validation images, for each treatment that looks at images; and the first with an oracle head:
-    logistic regression on all labelled training images, which says how good the features are.
+    validation images, for each treatment that uses images; and the first with an oracle head:
+    logistic regression on all labelled training images, which measures the quality of the features.
 
     A network without running statistics has no treatments; a pool with one task none per task.
 
     Args:
         method: mapping with ``_target_`` of the method.
-        name: what the method is called.
+        name: name of the method.
         choices: method → its deciding option → the values tried. A method without an entry is
             measured at its defaults alone.
         variants: method → name of a condition → options, each measured under the first treatment.
-        common: options of all methods that have them, such as ``align`` for networks trained
-            apart.
+        common: options of all methods that have them, such as ``align`` for separately trained
+            networks.
         treatments: of the running statistics, in the order of the report.
         oracle: whether the oracle head is measured.
         seed: of everything random in the method.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     @checked
@@ -87,7 +87,7 @@ class Benchmarked(BaseAlgorithm):
         """Check that the method can run on this pool.
 
         Raises:
-            UserError: says what is missing.
+            UserError: a requirement is missing.
         """
         if self._as_it_is is not None:
             self._as_it_is.check_pool(modelpool)
@@ -260,7 +260,7 @@ def _needs(algorithm: BaseAlgorithm) -> set[Any]:
 
 
 def _disjoint(labels: Mapping[str, LabelSpace | None]) -> bool:
-    """Return whether the classes of all tasks are known and none stands in two of them."""
+    """Return whether the classes of all tasks are known and no class is in two of them."""
     spaces = [space for space in labels.values() if space is not None]
     if len(spaces) < len(labels):
         return False

@@ -1,4 +1,4 @@
-"""How far a merged model lies in the directions of its experts, by task-vector arithmetic."""
+"""Consistency of a merged model with the directions of its experts, by task-vector arithmetic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MERGED_LAYERS = "merged layers"
 
 @dataclass(frozen=True)
 class Consistency:
-    """How consistent a merged model is with its experts, over one set of tensors.
+    """Consistency of a merged model with its experts, over one set of tensors.
 
     Attributes:
         pairs: (expert A, other expert B) → cos(δ_merged − δ_B, δ_A − δ_B): 1 where the merged
@@ -64,11 +64,11 @@ def consistency(
 ) -> dict[str, Consistency]:
     """Compare a merged model with two experts or more, over all layers and over the merged ones.
 
-    δ is a task vector, a model minus the base (Ilharco et al., arXiv 2212.04089); the base falls
-    out of every difference of two of them, so it need not be known. Where a layer is the base's,
-    the merged model points from both experts back to where they started: over all layers, a merge
-    of few layers says mostly how far apart the experts have gone. Layers that are means of two
-    experts by the same weights score 1 for both by construction.
+    δ is a task vector, a model minus the base (Ilharco et al., arXiv 2212.04089); the base cancels
+    in every difference of two of them, so it need not be known. Where a layer is the base's, the
+    merged model points from both experts back to their common start. Over all layers, the
+    consistency of a merge of few layers therefore mostly reflects the distance between the experts.
+    Layers that are means of two experts by the same weights score 1 for both by construction.
 
     Args:
         merged: the merged model.
@@ -76,7 +76,7 @@ def consistency(
         merged_tensors: state-dict keys of the layers that were merged.
         buffers: add the running statistics to the parameters. Integer counters have no direction
             and never count: their size alone would decide the cosine.
-        without: state-dict keys that are left out, such as those of a head.
+        without: state-dict keys that are excluded, such as those of a head.
 
     Returns:
         ``"all layers"`` and, if some were merged, ``"merged layers"`` → consistency. Empty for
@@ -112,7 +112,7 @@ def write_consistency(
     *,
     merged_tensors: Collection[str],
 ) -> None:
-    """Write how consistent a merge is with its experts to report, log and ``consistency.csv``.
+    """Write the consistency of a merge with its experts to report, log and ``consistency.csv``.
 
     Of a network of several tasks the body is compared, which all tasks share.
     """
@@ -132,9 +132,9 @@ def write_consistency(
 def common_tensors(
     model: nn.Module, experts: Mapping[str, TensorSource], *, buffers: bool
 ) -> list[str]:
-    """Return the floating-point tensors that all have in one shape; a head of other classes is not.
+    """Return the floating-point tensors that all have in one shape, which excludes differing heads.
 
-    Parameters only, unless ``buffers``. What is shared counts once.
+    Parameters only, unless ``buffers``. Shared tensors count once.
     """
     named = dict(model.named_parameters())
     state = tensors_of(model)

@@ -12,8 +12,8 @@ from fusion.modelpool import BaseModelPool
 class DummyAlgorithm(BaseAlgorithm):
     """Return the pretrained model, or the first model of a pool that has none.
 
-    With a task pool it is how one evaluates a model without merging anything. The members need
-    not be mergeable.
+    With a task pool it evaluates a model without merging anything. The members need not be
+    mergeable.
     """
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
@@ -21,7 +21,7 @@ class DummyAlgorithm(BaseAlgorithm):
         return modelpool.load_pretrained_or_first_model()
 
     def check_pool(self, modelpool: BaseModelPool) -> None:
-        """Check that there is a model at all, and the one that is returned.
+        """Check that the pool is not empty, and that the returned model can be built.
 
         Raises:
             UserError: the pool is empty, or that model cannot be made.

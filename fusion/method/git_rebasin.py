@@ -19,15 +19,15 @@ Interpolation = Literal["lerp", "slerp"]
 
 
 class GitReBasin(Merge):
-    """Bring networks that were trained apart into one order of their units, and average them.
+    """Align the units of separately trained networks, and average the networks.
 
     All experts are aligned to the pretrained model, or to the first expert where there is none,
     and the result is the mean of the experts: a pretrained model is their reference, not a part
     of the mean.
 
-    After ``run`` the report says what moved; with an ``output_path`` it is in ``alignment.csv``
-    and drawn in ``alignment.pdf`` and ``.png``. Where a unit moved, one control is the mean without
-    alignment.
+    After ``run`` the report lists the moved units; with an ``output_path`` it is in
+    ``alignment.csv`` and drawn in ``alignment.pdf`` and ``.png``. Where a unit moved, one control
+    is the mean without alignment.
 
     Args:
         by: match units by their ``weights``, or by their ``activations`` on the pool's training
@@ -37,11 +37,11 @@ class GitReBasin(Merge):
         interpolation: ``lerp`` (mean) or ``slerp`` (mean on the sphere), tensor by tensor.
         head, batch_norm, calibration_images, batch_size, example_input, plot, seed: see
             :class:`~fusion.method.Merge`; without images ``batch_norm=auto`` interpolates the
-            running statistics, which midway between networks trained apart was better than those
-            of the mixture on every pair that was tried.
+            running statistics, which midway between separately trained networks was better than
+            those of the mixture on every pair that was tried.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     without_images: ClassVar[str] = "interpolate"

@@ -36,13 +36,13 @@ Points = Annotated[int, Within(least=3, most=10_001)]
 
 
 class InterpolationBarrier(BaseAlgorithm):
-    """Walk from the pool's first expert to its second and measure what lies between them.
+    """Measure networks on the line from the pool's first expert to its second.
 
     The second network is taken as it is, or aligned to the first by weights or by activations; at
     each point between them batch norm's statistics are interpolated like every other tensor, those
-    of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is how far the
-    worst point falls below the line between the ends (Frankle et al., arXiv 1912.05671; Git
-    Re-Basin, arXiv 2209.04836).
+    of the mixture, recalibrated, or repaired (REPAIR, arXiv 2211.08403). The barrier is the largest
+    fall below the line between the ends (Frankle et al., arXiv 1912.05671; Git Re-Basin, arXiv
+    2209.04836).
 
     Returns the first network. After ``run``, ``table`` holds what ``barrier.csv`` and
     ``barrier.pdf``/``.png`` show.
@@ -50,14 +50,14 @@ class InterpolationBarrier(BaseAlgorithm):
     Args:
         alignments: of ``none``, ``weights``, ``activations``.
         batch_norm: of ``interpolate``, ``merge``, ``recalibrate``, ``repair``.
-        points: how many points of the line are measured, its ends included; odd.
-        calibration_images: how many training images are looked at, at most.
+        points: number of measured points of the line, including its ends; odd.
+        calibration_images: maximum number of training images.
         batch_size: images per forward pass.
         plot: whether to draw the figure.
         seed: of the descent's order and the sample of images.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     @checked
@@ -97,7 +97,7 @@ class InterpolationBarrier(BaseAlgorithm):
         """Check that there are two networks of one architecture, and images to measure them on.
 
         Raises:
-            UserError: says what is missing.
+            UserError: a requirement is missing.
         """
         if len(modelpool) != 2:
             raise UserError(
@@ -127,7 +127,7 @@ class InterpolationBarrier(BaseAlgorithm):
         networks: dict[str, nn.Module] = {"first": first}
         for how in self.alignments:
             networks[how] = self._aligned(second, first, how, modelpool)
-        # What all points of a line, or all lines, have in common is measured once.
+        # Values common to all points of a line, or to all lines, are measured once.
         measured: dict[str, MemberStatistics] = {}
         if "repair" in self.batch_norm:
             measured = self._statistics(networks, modelpool)

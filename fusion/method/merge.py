@@ -1,4 +1,4 @@
-"""The one pipeline of all merges: align, choose layers, rule, heads, batch norm, controls."""
+"""The pipeline of all merges: align, choose layers, rule, heads, batch norm, controls."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ _CONTROL = {
     "recalibrate_per_task": ", batch norm recalibrated per task",
     "repair": ", repaired",
 }
-_FOR_TREATMENT = frozenset({"gram", "moments"})  # what batch_norm=grams takes of the data
-_FOR_JOINT_HEAD = frozenset({"gram", "classes"})  # what head=joint takes of the data
+_FOR_TREATMENT = frozenset({"gram", "moments"})  # statistics for batch_norm=grams
+_FOR_JOINT_HEAD = frozenset({"gram", "classes"})  # statistics for head=joint
 _HEAD_WORDS = {
     "merged": "merged like any layer",
     "pretrained": "kept as the base has it",
@@ -64,10 +64,10 @@ class Merge(BaseAlgorithm):
     """Merge experts tensor by tensor with a rule.
 
     The stages, each with a default: align the experts' units, choose layers and the experts'
-    shares, measure what the rule asks for of the experts' data, apply the rule to every parameter
-    of these layers, decide about the heads, then about the running statistics of batch norm; and
-    prepare the controls that the result is compared
-    with. Integer buffers are copied; running statistics never pass through a rule.
+    shares, measure the statistics of the experts' data that the rule requests, apply the rule to
+    every parameter of these layers, merge the heads, then the running statistics of batch norm, and
+    prepare the controls with which the result is compared. Integer buffers are copied; running
+    statistics never pass through a rule.
 
     Args:
         rule: how one tensor is merged.
@@ -86,38 +86,38 @@ class Merge(BaseAlgorithm):
         batch_norm: running statistics: ``pretrained`` (kept), ``merge`` (those of the mixture of
             the experts' data), ``interpolate`` (their weighted mean), ``grams`` (those that the
             merged layers have on the inputs that each expert's layers receive, computed from their
-            Gram matrices: training images, or cards), ``recalibrate`` (measured anew on a sample
-            of the pool's training images, equally many of each expert's),
-            ``recalibrate_per_task`` (a set for each task), ``repair`` (REPAIR: every channel's
-            mean and deviation brought to the mean of the experts'), ``auto`` (recalibrate where
-            the pool has images, grams where it has cards, else merge).
-        calibration_images: how many images are looked at, at most.
+            Gram matrices: training images, or cards), ``recalibrate`` (measured again on a sample
+            of the pool's training images, equally many of each expert's), ``recalibrate_per_task``
+            (one set per task), ``repair`` (REPAIR: every channel's mean and deviation brought to
+            the mean of the experts'), ``auto`` (recalibrate where the pool has images, grams where
+            it has cards, else merge).
+        calibration_images: maximum number of images.
         batch_size: images per forward pass.
-        statistics_images: how many training images of each expert are looked at, at most, for a
-            rule that measures the experts' data.
-        cache_dir: where these statistics are kept under a hash of weights, images and options, so
-            that a sweep measures once; by default they stay in memory.
+        statistics_images: maximum number of training images of each expert for a rule that measures
+            the experts' data.
+        cache_dir: folder in which these statistics are stored under a hash of weights, images and
+            options, so that a sweep measures once; by default they stay in memory.
         example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
             training image, or else a guess from the first convolution.
         streamed: whether the result is merged from file to file, with memory for a few tensors, or
             parts of them, at a time, and returned mapped from its file. The result is the same, bit
-            for bit. That takes members that are files, a rule that looks at no images, no
-            alignment, and a ``batch_norm`` of ``pretrained``, ``merge`` or ``interpolate``.
-            ``auto`` does so for members of 256 MiB or more in all, where there is a file for the
-            result: the run's, or ``merged.safetensors`` in ``output_path``. ``True`` always does,
-            without such a file into a temporary one (in ``TMPDIR``) that is gone when the network
-            is; what cannot be streamed is an error then.
+            for bit. This requires members that are files, a rule that uses no images, no alignment,
+            and a ``batch_norm`` of ``pretrained``, ``merge`` or ``interpolate``. ``auto`` does so
+            for members of 256 MiB or more in total, where there is a file for the result: the
+            run's, or ``merged.safetensors`` in ``output_path``. ``True`` always does, without such
+            a file into a temporary one (in ``TMPDIR``) that is deleted with the network; a merge
+            that cannot be streamed is an error then.
         plot: whether to draw the figures.
         seed: of everything random: masks, the order of the alignment, the sample of images.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the method cannot do without, beside what its rule needs."""
+    """Requirements of the method in addition to those of its rule."""
     without_images: ClassVar[str] = "merge"
-    """What ``batch_norm=auto`` stands for in a pool without training images."""
+    """The choice of ``batch_norm=auto`` in a pool without training images."""
     without_alignment: ClassVar[str] = "align=null"
     """The option that switches alignment off; empty where alignment is the method."""
 
@@ -160,11 +160,11 @@ class Merge(BaseAlgorithm):
     # -- what a subclass may change ----------------------------------------------------------------
 
     def choose(self, members: Members, plan: HeadPlan) -> LayerChoice:
-        """Return which layers are merged, and how much of each expert goes into them.
+        """Return the layers that are merged, with the share of each expert in them.
 
         Args:
             members: base and experts, aligned.
-            plan: what becomes of the heads.
+            plan: the plan of the heads.
         """
         del plan
         return every_layer(members, self.shares(members.names))
@@ -174,10 +174,10 @@ class Merge(BaseAlgorithm):
         return with_rows_of_base(members) if self.normalise_rows else members
 
     def finish(self, members: Members, result: nn.Module) -> None:
-        """Look at the result once it is made; nothing by default."""
+        """Hook that receives the finished result; does nothing by default."""
 
     def add_controls(self, assembly: Assembly, unaligned: Members) -> None:
-        """Name the networks that the result is compared with.
+        """Name the networks with which the result is compared.
 
         By default the base with the same batch norm; where its head stands for other classes, with
         the experts' heads.
@@ -204,7 +204,7 @@ class Merge(BaseAlgorithm):
         """Check that the pool can be merged with these options.
 
         Raises:
-            UserError: says what is wrong and the cure.
+            UserError: the pool cannot be merged with these options.
         """
         if not len(modelpool):
             raise UserError(
@@ -246,7 +246,7 @@ class Merge(BaseAlgorithm):
         plan = plan_heads(modelpool, self.head)
         if plan.assumed and self.head == "auto":
             log.info(
-                "Nobody knows the classes of %s: taken to be those of members whose heads have "
+                "The classes of %s are unknown: taken to be those of members whose heads have "
                 "the same shape (the pool's option 'classes' says otherwise)",
                 ", ".join(plan.assumed),
             )
@@ -278,7 +278,7 @@ class Merge(BaseAlgorithm):
         return result
 
     def merged(self, assembly: Assembly) -> nn.Module:
-        """Return the network that the rule makes of the assembly's members."""
+        """Return the network that the rule merges from the assembly's members."""
         members, plan = assembly.members, assembly.plan
         if self.rule.folded:
             members = members.folded()
@@ -316,7 +316,7 @@ class Merge(BaseAlgorithm):
             return assembly.network(state, assembly.heads(), own)
 
     def measured(self, assembly: Assembly) -> Assembly:
-        """Return the assembly with what its running statistics and its head take of the data."""
+        """Return the assembly with the statistics for its running statistics and its head."""
         members, plan = assembly.members, assembly.plan
         if assembly.treatment == "grams":
             found = self._gathered(assembly, members, _FOR_TREATMENT, _merged_layers(assembly))
@@ -330,7 +330,7 @@ class Merge(BaseAlgorithm):
         return assembly
 
     def _statistics(self, members: Members, assembly: Assembly) -> Statistics | None:
-        """Return what the rule reads of the experts' data, in the layers that are merged."""
+        """Return the statistics that the rule reads, for the layers that are merged."""
         if not self.rule.statistics:
             return None
         return self._gathered(assembly, members, self.rule.statistics, _merged_layers(assembly))
@@ -445,10 +445,10 @@ class Merge(BaseAlgorithm):
         return True
 
     def _check_needs(self, modelpool: BaseModelPool) -> None:
-        """Check that the pool has what the method and its rule cannot do without.
+        """Check that the pool meets the requirements of the method and its rule.
 
         Raises:
-            NotApplicableError: it has not.
+            NotApplicableError: it does not.
         """
         rule = type(self.rule).__name__
         for name, needs in ((type(self).__name__, self.needs), (rule, self.rule.needs)):
@@ -477,10 +477,10 @@ class Merge(BaseAlgorithm):
     def _check_order_of_cards(
         self, modelpool: BaseModelPool, plan: HeadPlan, treatment: str
     ) -> None:
-        """Check that nobody reorders units whose statistics lie on a card.
+        """Check that no units are reordered whose statistics are on a card.
 
         Raises:
-            UserError: somebody does.
+            UserError: the alignment reorders them.
         """
         read = self.rule.statistics or treatment == "grams" or plan.kind == "joint"
         with_cards = [name for name in modelpool.model_names if modelpool.has_card(name)]
@@ -519,7 +519,7 @@ class Merge(BaseAlgorithm):
 
 
 def _merged_layers(assembly: Assembly) -> list[Layer]:
-    """Return the layers that are merged, without the head where it is no ordinary layer."""
+    """Return the layers that are merged, without the head unless it is an ordinary layer."""
     members = assembly.members
     head = () if assembly.plan.head_is_a_layer else members.head.tensors
     return [
@@ -530,7 +530,7 @@ def _merged_layers(assembly: Assembly) -> list[Layer]:
 
 
 def _but_cards(modelpool: BaseModelPool, lacking: Sequence[str]) -> str:
-    """Return the end of the sentence that says that images are lacking: what there is, the cure."""
+    """Return the end of the message on missing images: available data and remedy."""
     if not any(modelpool.has_card(name) for name in lacking):
         return "; add them to train_datasets"
     return (

@@ -1,4 +1,4 @@
-"""Methods by name, from plain Python: what ``config/method/`` says, without Hydra."""
+"""Methods by name, from plain Python: the presets of ``config/method/`` without Hydra."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ARXIV = re.compile(r"arXiv[\s:]*(\d{4}\.\d{4,5})")
-# What references in the YAML of a method stand for without Hydra; nothing is kept on disk.
+# Values of references in the YAML of a method without Hydra; nothing is cached on disk.
 _REFERENCES: dict[str, Any] = {"${seed}": 0, "${path.cache_dir}": None}
 
 
@@ -29,7 +29,7 @@ def merge(models: object, method: str = "simple_average", **options: Any) -> nn.
     """Merge networks in one line.
 
     Args:
-        models: what :meth:`BaseAlgorithm.run` takes: a pool, a ``dict[str, nn.Module]`` with the
+        models: the input of :meth:`BaseAlgorithm.run`: a pool, a ``dict[str, nn.Module]`` with the
             base as ``_pretrained_``, or a list of experts.
         method: name of a method, as in ``fusion_bench method=…``; :func:`methods` lists them.
         options: of the method or of its rule, by their names in the YAML.
@@ -68,7 +68,7 @@ def configured(spec: Mapping[str, Any], method: str, **options: Any) -> BaseAlgo
 
     Args:
         spec: mapping with ``_target_``; an option may belong to the rule inside it.
-        method: what messages call it.
+        method: its name in messages.
         options: by name.
 
     Raises:
@@ -102,7 +102,7 @@ def method_names() -> list[str]:
 
 
 def preset(method: str) -> dict[str, Any]:
-    """Return the mapping with ``_target_`` of a method, as its YAML file says.
+    """Return the mapping with ``_target_`` of a method from its YAML file.
 
     Raises:
         UserError: there is no such method.
@@ -120,7 +120,7 @@ def preset(method: str) -> dict[str, Any]:
         if default != "_self_":
             found |= preset(default)
     for key, value in values.items():
-        # A rule of its own takes the place of the default's; it is not mixed with it.
+        # A custom rule replaces the default's; the two are not mixed.
         found[key] = _REFERENCES.get(value, value) if isinstance(value, str) else value
     return found
 
@@ -128,7 +128,7 @@ def preset(method: str) -> dict[str, Any]:
 def methods() -> pd.DataFrame:
     """Return one row per method: ``name``, ``summary``, ``needs`` and ``paper``.
 
-    ``needs`` says what a method cannot do without beside the experts, ``paper`` is its arXiv
+    ``needs`` states the requirements of a method in addition to the experts, ``paper`` is its arXiv
     number.
 
     Example::
@@ -160,7 +160,7 @@ def methods() -> pd.DataFrame:
 
 
 def summary(method: str) -> str:
-    """Return what a method does, the first line of its YAML file."""
+    """Return the summary of a method, the first line of its YAML file."""
     file = config_folder() / "method" / f"{method}.yaml"
     return file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 

@@ -1,4 +1,4 @@
-"""Any method with its options chosen on validation images."""
+"""Choose the options of any method on validation images."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # what is tried where nobody says otherwise
+SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # values tried by default
 
 
 class Search(BaseAlgorithm):
     """Run a method with several options and return the best result on validation images.
 
     Each candidate is measured on the validation data of every expert, with the head of its task;
-    the score is the mean over tasks of the accuracy as a share of the expert's own. The test set
-    is never looked at. The report says what the search cost.
+    the score is the mean over tasks of the accuracy as a share of the expert's own. The test set is
+    never used. The report states the cost of the search.
 
     Args:
         method: the method that is searched: its name, as in ``fusion_bench method=…``, or a mapping
             with ``_target_``.
         options: name of an option → the values to try. Every combination is a candidate.
         fixed: name of an option → its value in all candidates.
-        budget: how many candidates are measured, drawn at random where there are more
-            combinations; ``None`` measures all.
+        budget: number of measured candidates, drawn at random where there are more combinations;
+            ``None`` measures all.
         split: the data that candidates are measured on: ``val``, or ``train`` where there is no
             other.
         seed: of the draw.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     @checked
@@ -101,7 +101,7 @@ class Search(BaseAlgorithm):
         """Check that the method can run on this pool, and that there are images to choose by.
 
         Raises:
-            UserError: says what is missing.
+            UserError: a requirement is missing.
         """
         self._algorithm(self.candidates()[0]).check_pool(modelpool)
         if not modelpool.has_data(self.split):

@@ -1,4 +1,4 @@
-"""Merge the layers whose weights stand out from noise; leave the rest as the base had them."""
+"""Merge the layers whose weights stand out from noise; keep the base's weights elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SNRSelectiveMerge(Merge):
     "Spectrum", arXiv 2406.06623). The top ceil(top_p·L) layers become a mean of the experts', all
     others stay the base's.
 
-    After ``run``, ``selected_layers`` and ``layer_table`` tell what was merged; with an
+    After ``run``, ``selected_layers`` and ``layer_table`` list the merged layers; with an
     ``output_path`` the table is in ``layers.csv`` and drawn in ``layers.pdf`` and ``.png``.
 
     Args:
@@ -58,22 +58,22 @@ class SNRSelectiveMerge(Merge):
             ``task_vector`` (mean SNR of expert − base), ``similarity`` (mean cosine of the experts'
             changes), ``hybrid`` (SNR and 1.7 × similarity, each scaled to [0, 1]), ``norm``
             (relative size of the changes), ``random`` (seeded: the control), or a list of layer
-            names, which are merged whatever ``top_p`` says.
+            names, which are merged regardless of ``top_p``.
         weighting: shares of the experts in each layer: ``snr`` (in proportion to their SNR, equal
             where all are 0), ``equal``, or one number per expert as a list or by name.
         interpolation: ``lerp`` (weighted mean), ``slerp`` (on the sphere), ``ties``.
         scoring: ``calibrated``, or ``uncalibrated`` (the formula without the factor √b, norm layers
             ranked by themselves; kept for comparison only).
-        batch_norm, head: see :class:`~fusion.method.Merge`. A head that is not merged like any
-            layer is no candidate for selection.
+        batch_norm, head: see :class:`~fusion.method.Merge`. A head that is not merged like other
+            layers cannot be selected.
         sigma, threshold, alpha: of the noise model, see :func:`fusion.spectrum.layer_snr`.
         density: of TIES: the share of each change that is kept, in (0, 1]; 0.2 by default. Under
-            ``scoring=uncalibrated`` there is nothing to choose: its rule trims nothing.
+            ``scoring=uncalibrated`` it has no effect: that rule trims nothing.
         scale: of TIES: the factor λ of the merged change; 1 by default, likewise.
-        calibration_images: how many images ``recalibrate`` looks at, at most.
+        calibration_images: maximum number of images for ``recalibrate``.
         batch_size: images per forward pass of the recalibration.
         align: first bring the experts' units into the base's order (:func:`fusion.alignment.align`;
-            of experts fine-tuned from the base usually nothing moves, and the report says so).
+            in experts fine-tuned from the base usually nothing moves, which the report states).
             A network whose symmetries cannot be found is an error: nothing is skipped silently.
         example_input: shape of one image, (C, H, W), for ``align``; by default the pool's first
             training image, or else a guess from the first convolution.
@@ -81,7 +81,7 @@ class SNRSelectiveMerge(Merge):
         seed: of the random ranking and the calibration sample.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BASE})
@@ -142,7 +142,7 @@ class SNRSelectiveMerge(Merge):
 
     @property
     def layer_table(self) -> pd.DataFrame:
-        """A row a layer in the order of the forward pass; the columns of ``layers.csv``."""
+        """One row per layer in the order of the forward pass; the columns of ``layers.csv``."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -174,7 +174,7 @@ class SNRSelectiveMerge(Merge):
         """Check that the pool can be merged with these options.
 
         Raises:
-            UserError: says what is wrong and the cure.
+            UserError: the pool cannot be merged with these options.
         """
         super().check_pool(modelpool)
         if not isinstance(self.rank_by, str):
@@ -201,7 +201,7 @@ class SNRSelectiveMerge(Merge):
         return result
 
     def prepared(self, members: Members) -> Members:
-        """Return the members; under uncalibrated scoring every norm is a layer of its own."""
+        """Return the members; under uncalibrated scoring every norm is a separate layer."""
         return dataclasses.replace(members, layers=self._layers(members.layers, members.network))
 
     def choose(self, members: Members, plan: HeadPlan) -> LayerChoice:
@@ -222,7 +222,7 @@ class SNRSelectiveMerge(Merge):
         )
 
     def finish(self, members: Members, result: nn.Module) -> None:
-        """Measure how far the result lies in the directions of its experts."""
+        """Measure the consistency of the result with its experts."""
         merged = [key for r in self._records if r.selected for key in r.layer.tensors]
         with self.profile("consistency"):
             write_consistency(self, result, members, merged_tensors=merged)
@@ -232,7 +232,7 @@ class SNRSelectiveMerge(Merge):
         return notebook.split_norms(layers, model) if split else tuple(layers)
 
     def _check_names(self, names: Sequence[str], modelpool: BaseModelPool) -> None:
-        """Check that the layers named in ``rank_by`` are there and can be merged."""
+        """Check that the layers named in ``rank_by`` exist and can be merged."""
         model = modelpool.architecture(PRETRAINED)
         layers = {layer.name: layer for layer in self._layers(layers_of(model, modelpool), model)}
         plan = plan_heads(modelpool, self.head)

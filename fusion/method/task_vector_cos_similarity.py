@@ -1,4 +1,4 @@
-"""How the experts' task vectors lie to each other: cosines, sign conflicts, layer by layer."""
+"""Compare the experts' task vectors: cosines, sign conflicts, layer by layer."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class TaskVectorCosSimilarity(TaskVectorAnalysis):
         heatmap = similarity_heatmap(self.similarity, cluster=self.cluster)
         save_figure(heatmap, folder, "task_vector_cos_similarity")
         if layers is not None and layers.empty:
-            log.info("One expert has nobody to agree with: no figure of the layers")
+            log.info("A single expert has no pairs to compare: no figure of the layers")
         elif layers is not None:
             save_figure(layer_agreement(layers), folder, "task_vector_layer_similarity")
 
@@ -130,7 +130,7 @@ def _square(total: TaskVectorSums, experts: list[str]) -> pd.DataFrame:
 def _summary(total: TaskVectorSums, experts: list[str], vectors: TaskVectors) -> pd.DataFrame:
     import pandas as pd
 
-    # A sum over a sample stands for the sum over all entries.
+    # A sum over a sample estimates the sum over all entries.
     scale = math.sqrt(vectors.entries / vectors.points)
     table = pd.DataFrame(
         {

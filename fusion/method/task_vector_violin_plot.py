@@ -1,4 +1,4 @@
-"""How the values of the experts' task vectors are distributed (Shen et al., 2024)."""
+"""Distribution of the values of the experts' task vectors (Shen et al., 2024)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class TaskVectorViolinPlot(TaskVectorAnalysis):
     As in Shen et al., "Efficient and Effective Weight-Ensembling Mixture of Experts for Multi-Task
     Model Merging" (arXiv 2410.21804). Writes ``task_vector_violin.pdf`` (values) and
     ``task_vector_violin_abs.pdf`` (absolute values), each as ``.png`` too, and what was drawn as
-    ``task_vector_violin.csv``: tensor, flat index in it, and a column for each expert. After
+    ``task_vector_violin.csv``: tensor, flat index in it, and one column per expert. After
     ``run`` that table is :attr:`points`.
 
     With several processes the first one does all of it.
 
     Args:
         trainable_only: show the base's trainable parameters only.
-        max_points_per_model: how many entries are drawn, the same ones for every expert; None or
-            0 for all, which then have to fit in memory.
+        max_points_per_model: number of drawn entries, the same ones for every expert; None or 0 for
+            all, which then have to fit in memory.
         fig_kwargs: passed on to ``matplotlib.pyplot.subplots``, such as ``figsize``.
         output_path: folder for table and figures; None for the run folder, or nowhere.
         seed: of the draw.
@@ -84,7 +84,7 @@ class TaskVectorViolinPlot(TaskVectorAnalysis):
 
 
 def _table(vectors: TaskVectors, values: Tensor) -> pd.DataFrame:
-    """Return a row for each point, indexed by tensor and flat index, and a column per expert."""
+    """Return one row per point, indexed by tensor and flat index, and one column per expert."""
     import numpy as np
     import pandas as pd
 

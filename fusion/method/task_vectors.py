@@ -1,4 +1,4 @@
-"""The task vectors of a pool: which tensors are compared, where, and who reads them."""
+"""Task vectors of a pool: choice of tensors and positions, and reading shared by processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOLD = 4  # names in a line of the log; the report has all of them
 
 @dataclass(frozen=True)
 class ComparedTensors:
-    """What task vectors are made of, and what they are not.
+    """Tensors of the task vectors, and those that are excluded.
 
     Attributes:
         infos: the tensors that are compared, in the base's order.
@@ -80,17 +80,17 @@ class TaskVectors:
 
 
 class TaskVectorAnalysis(BaseAlgorithm):
-    """What the analyses of task vectors have in common; ``run`` is theirs.
+    """Base class of the analyses of task vectors; subclasses define ``run``.
 
     The base decides what is trainable. Tensors that a member lacks or has in another shape (a head
-    for other classes) and integer buffers are left out; the log names them, and the report has the
+    for other classes) and integer buffers are excluded; the log names them, and the report has the
     full list. Members that are stored as safetensors are read in blocks and never built.
 
     Args:
         trainable_only: compare the base's trainable parameters only; otherwise buffers and frozen
             parameters too.
-        max_points_per_model: how many entries are drawn, the same ones for every expert; None or
-            0 for all.
+        max_points_per_model: number of drawn entries, the same ones for every expert; None or 0 for
+            all.
         output_path: folder for tables and figures; None for the run folder, or nowhere.
         seed: of the draw.
 
@@ -135,7 +135,7 @@ class TaskVectorAnalysis(BaseAlgorithm):
             require_writable_folder(self.output_path)
 
     def task_vectors(self, modelpool: BaseModelPool) -> TaskVectors:
-        """Choose the tensors and positions, tell what was left out, and open the members."""
+        """Choose the tensors and positions, log the excluded tensors, and open the members."""
         compared = compared_tensors(modelpool, trainable_only=self.trainable_only)
         if self._rank == 0:
             _tell(compared.left_out)
@@ -158,7 +158,7 @@ class TaskVectorAnalysis(BaseAlgorithm):
         return vectors
 
     def sums(self, vectors: TaskVectors) -> TaskVectorSums:
-        """Sum up the task vectors; several processes share the tensors out among them.
+        """Sum up the task vectors; the tensors are divided among processes.
 
         Raises:
             UserError: weights that are not finite, by model and tensor.
@@ -255,7 +255,7 @@ class TaskVectorAnalysis(BaseAlgorithm):
 
 
 def compared_tensors(modelpool: BaseModelPool, *, trainable_only: bool) -> ComparedTensors:
-    """Return the tensors that a base and its experts have in common, and why others are left out.
+    """Return the tensors common to a base and its experts, and reasons for excluding others.
 
     Raises:
         UserError: there is none.
@@ -295,9 +295,9 @@ def compared_tensors(modelpool: BaseModelPool, *, trainable_only: bool) -> Compa
 
 
 def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Give the indices of ``sizes`` to ``ranks`` processes so that each has about as much to do.
+    """Distribute the indices of ``sizes`` to ``ranks`` processes with about equal work.
 
-    The largest first, each to whoever has least; every process finds the same answer.
+    The largest first, each to the least loaded process; every process finds the same result.
     """
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
@@ -309,12 +309,12 @@ def share_out(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _stored(modelpool: BaseModelPool, name: str) -> TensorSource:
-    """Return something that knows a member's shapes, without its weights where possible."""
+    """Return a source of a member's shapes, without its weights where possible."""
     return modelpool.entry(name).stored() or ModuleSource(modelpool.architecture(name))
 
 
 def _misfit(name: str, info: TensorInfo, members: Mapping[str, TensorSource]) -> str | None:
-    """Say why a tensor cannot be compared across all members, None if it can."""
+    """Return why a tensor cannot be compared across all members, None if it can."""
     for member, source in members.items():
         if name not in source:
             return f"not in expert '{member}'"
@@ -327,7 +327,7 @@ def _misfit(name: str, info: TensorInfo, members: Mapping[str, TensorSource]) ->
 
 
 def _tell(left_out: Mapping[str, str]) -> None:
-    """Log what was left out: a line for each reason."""
+    """Log the excluded tensors, one line per reason."""
     for why in dict.fromkeys(left_out.values()):
         names = [name for name, reason in left_out.items() if reason == why]
         rest = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""

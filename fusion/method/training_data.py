@@ -22,11 +22,11 @@ def training_data(model: nn.Module, algorithm: BaseAlgorithm, pool: BaseModelPoo
 
     Args:
         model: the result.
-        algorithm: knows the classes of its outputs.
+        algorithm: states the classes of its outputs.
         pool: has the images.
 
     Raises:
-        UserError: nobody knows the classes of a head whose images come from several data sets.
+        UserError: the classes of a head whose images come from several data sets are unknown.
     """
     if isinstance(model, MultiTaskNetwork):
         return {

@@ -38,15 +38,15 @@ class ZipIt(Merge):
         z = \sum_i M_i x_i, \qquad x_i \approx U_i z, \qquad
         W = \sum_i M_i^{\mathrm{out}}\, W_i\, U_i^{\mathrm{in}}
 
-    Layers before the last are merged so, heads of different classes read U. Biases, norm
-    parameters and running means are linear in M, running variances quadratic. The groups come from
-    the network's graph, so that sums, concatenations, and grouped and depthwise convolutions are
-    respected: blocks of a grouped convolution change places as a whole, and only units that
-    stand at the same place of a block are merged.
+    Layers before the last are merged so, heads of different classes read U. Biases, norm parameters
+    and running means are linear in M, running variances quadratic. The groups come from the
+    network's graph, so that sums, concatenations, and grouped and depthwise convolutions are
+    respected: blocks of a grouped convolution are permuted as a whole, and only units at the same
+    place of a block are merged.
 
-    Any number of experts, of one base or trained apart. A base is not a part of the merge.
-    With ``basis=zip`` the order of the experts does not matter, up to ties; otherwise the first one
-    is the reference where there is no base.
+    Any number of experts can be merged, of one base or separately trained. A base is not a part of
+    the merge. With ``basis=zip`` the order of the experts does not matter, up to ties; otherwise
+    the first one is the reference where there is no base.
 
     With a ``budget`` only as many layers as needed are shared: the result has one trunk and a tail
     per task, each an expert's own layers bit for bit, before which U reads the expert's features
@@ -64,20 +64,20 @@ class ZipIt(Merge):
         ridge: for ``cca``: of the whitening, relative to the features' variance.
         budget: multiply-adds of all tasks' bodies together, as a multiple of one network's body;
             by default everything is merged.
-        folded: whether a layer and the batch norm behind it are merged as the one affine map that
-            they are, so that units count as large as what is read of them; otherwise tensor by
-            tensor.
+        folded: whether a layer and the batch norm behind it are merged as one affine map, so that
+            units are weighted by the scale of their outputs; otherwise tensor by tensor.
         batch_norm: running statistics: ``merge`` (the experts' in the common basis),
-            ``recalibrate`` (measured anew on a sample of the pool's training images),
-            ``recalibrate_per_task`` (a set for each task), ``auto`` (recalibrate). With a budget
-            that is the trunk's; the tails keep the experts', but under ``recalibrate_per_task``,
-            and then also ``auto``, they are measured anew on the task's images behind the trunk.
+            ``recalibrate`` (measured again on a sample of the pool's training images),
+            ``recalibrate_per_task`` (one set per task), ``auto`` (recalibrate). With a budget these
+            are the trunk's statistics; the tails keep the experts', except that under
+            ``recalibrate_per_task``, and then also ``auto``, they are measured again on the task's
+            images behind the trunk.
         head, calibration_images, batch_size, example_input, seed: see
             :class:`~fusion.method.Merge`; the calibration images are also those whose features
             are compared.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.IMAGES})
@@ -133,7 +133,7 @@ class ZipIt(Merge):
         """Check that the pool can be merged with these options.
 
         Raises:
-            UserError: says what is wrong and the cure.
+            UserError: the pool cannot be merged with these options.
         """
         super().check_pool(modelpool)
         self.zipping.check(modelpool)
@@ -185,7 +185,7 @@ class ZipIt(Merge):
         return network
 
     def _write(self, zipped: Zipped) -> None:
-        """Say in the report and the log what was merged."""
+        """Describe the merge in the report and the log."""
         costs = zipped.costs
         self.report["zip"] = {
             "basis": self.zipping.basis,

@@ -1,4 +1,4 @@
-"""The YAML that a model card begins with: what the hub indexes."""
+"""The YAML header of a model card, which the hub indexes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def header(report: Mapping[str, Any], *, title: str, tags: list[str]) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what the result was measured to do, one entry per task."""
+    """Return the measured results, one entry per task."""
     measured = report.get("evaluation", {}).get(MERGED, {})
     return [
         {

@@ -1,4 +1,4 @@
-"""How a card says to load the network: with this package, and without it."""
+"""Instructions of a card to load the network, with this package and without it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def without_package(path: Path) -> str | None:
 
 
 def architecture_name(path: Path) -> str | None:
-    """Return the import path of what builds the network in ``path``, where the file says so."""
+    """Return the import path of the constructor of the network in ``path``, if the file has it."""
     spec = _architecture(SafetensorsSource(path).metadata, plain=False)
     return None if spec is None else str(spec["_target_"])
 

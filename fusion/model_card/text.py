@@ -1,4 +1,4 @@
-"""The card itself: what was merged, how, what came out, how to load it."""
+"""Text of the card: members, method, results, and how to load the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusion.modelpool import PRETRAINED, BaseModelPool
 from fusion.modelpool.written import written_labels, written_tasks
 from fusion.run_folder import LIBRARY
 
-_CLASSES = 12  # that are named; of more, the number
+_CLASSES = 12  # maximum number that are named; for more, the number is given
 
 
 def model_card(report: Mapping[str, Any], path: Path) -> str:
@@ -29,7 +29,7 @@ def model_card(report: Mapping[str, Any], path: Path) -> str:
     Every number in it is one of the report's.
 
     Args:
-        report: what ``report.json`` holds.
+        report: the content of ``report.json``.
         path: the network that the run made, a file that this package wrote.
     """
     method = report["choices"].get("method") or report["method"]
@@ -70,7 +70,7 @@ def _members(report: Mapping[str, Any]) -> str:
         role = "base" if name == PRETRAINED else "expert"
         role = "special" if role == "expert" and BaseModelPool.is_special_model(name) else role
         source = sources.get(name) or ""
-        # A path on somebody's disk is of no use to others.
+        # A local path is of no use to others.
         source = source if "://" in source else Path(source).name
         rows.append([_plain(name), role, _plain(tasks.get(name, "")), _plain(source)])
     return _table(rows)
@@ -83,7 +83,7 @@ def _method(report: Mapping[str, Any], method: str, *, known: bool) -> str:
     lines[0] += f"; seed {report['seed']}."
     for name, options in report.get("options", {}).items():
         plain = json.loads(json.dumps(options, default=str))
-        plain.pop("cache_dir", None)  # where somebody keeps statistics changes nothing
+        plain.pop("cache_dir", None)  # the folder of statistics does not change the result
         text = yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True)
         lines.append(f"```yaml\n{text}```")
     return "\n\n".join(lines)

@@ -19,7 +19,7 @@ _LOG_IN = "log in with 'hf auth login', or set HF_TOKEN"
 def push(folder: str | Path, to: str, *, private: bool = True) -> str:
     """Upload a run's network, card and report to a repository on the Hugging Face hub.
 
-    The repository is made where there is none. ``report.json`` and the card contain the command
+    The repository is created if it does not exist. ``report.json`` and the card contain the command
     as it was typed, with the paths in it.
 
     Args:
@@ -32,7 +32,7 @@ def push(folder: str | Path, to: str, *, private: bool = True) -> str:
 
     Raises:
         UserError: the extra ``hub`` is not installed, there is no such folder or no whole run in
-            it, nobody is logged in, or the hub refuses.
+            it, no user is logged in, or the hub refuses.
     """
     folder = Path(folder)
     if not _REPOSITORY.fullmatch(to):
@@ -53,7 +53,7 @@ def push(folder: str | Path, to: str, *, private: bool = True) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return what is uploaded; the card may have been edited, the network may not."""
+    """Return the files to upload; the card may have been edited, the network may not."""
     if not folder.is_dir():
         raise UserError(f"push={folder}: there is no such folder; give a run's")
     if not (folder / MODEL).is_file():
@@ -69,7 +69,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _answer(error: Exception) -> str:
-    """Say in a clause what an error of the hub means."""
+    """Return a clause on the meaning of an error of the hub."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return f"the hub does not know the token; {_LOG_IN}"
@@ -81,7 +81,7 @@ def _answer(error: Exception) -> str:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """Return what the HTTP client of this version of huggingface_hub raises, beside OSError."""
+    """Return the exceptions of the installed huggingface_hub's HTTP client besides OSError."""
     clients = [sys.modules[name] for name in _CLIENTS if name in sys.modules]
     return tuple(client.HTTPError for client in clients)
 

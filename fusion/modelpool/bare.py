@@ -1,7 +1,7 @@
-"""The bare architecture in a mapping that also names pretrained weights.
+"""Strip pretrained weights from the mapping of an architecture.
 
-A checkpoint brings its own weights, and a structure on the meta device has none: fetching those
-that torchvision or timm publish would cost a download for nothing.
+A checkpoint has its own weights, and a structure on the meta device has none. Fetching the weights
+that torchvision or timm publish would be a useless download.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusion.target import locate
 
 TIMM = "timm.create_model"
 
-# What torchvision's weights change in a network besides its tensors.
+# Options of a network that torchvision's weights change besides its tensors.
 _IMPLIED: dict[str, dict[str, Any]] = {
     "googlenet": {"transform_input": True, "aux_logits": False},
     "inception_v3": {"transform_input": True},
@@ -35,12 +35,12 @@ def without_pretrained_weights(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``spec`` without the weights that torchvision's or timm's constructors would fetch.
 
     The structure stays the one with those weights: where they imply other options (the input
-    transform of GoogLeNet), these are named instead. A mapping with another target comes back as
-    it is.
+    transform of GoogLeNet), these are named instead. A mapping with another target is returned
+    unchanged.
 
     Raises:
         UserError: ``weights`` of a detection, segmentation or optical-flow network, which change
-            its structure in ways that have no option, or a target that is not there.
+            its structure in ways that have no option, or a target that does not exist.
     """
     target = str(spec.get("_target_"))
     if in_torchvision(target):

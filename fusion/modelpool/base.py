@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 
 class BaseModelPool:
-    """The networks that an algorithm merges or studies, each made only when it is asked for.
+    """The networks that an algorithm merges or analyses, each built only on request.
 
-    ``len(pool)``, ``iter(pool)`` and ``name in pool`` are about the experts alone, in one order:
-    they are what is merged, and what ``name`` stands for in a loop can always be merged. Whether
-    there is a base says :attr:`has_pretrained`; :attr:`all_model_names` has every member. A pool
-    is false only where it has no member at all: a base alone can be measured and saved.
+    ``len(pool)``, ``iter(pool)`` and ``name in pool`` refer to the experts alone, in one order, so
+    that every ``name`` in a loop can be merged. :attr:`has_pretrained` states whether there is a
+    base; :attr:`all_model_names` lists every member. A pool is false only if it has no member at
+    all: a base alone can be measured and saved.
 
     Args:
         models: name → member. A member is a ``torch.nn.Module``, a mapping with ``_target_``, a
@@ -48,21 +48,21 @@ class BaseModelPool:
             ``_pretrained_`` is the base; every other name like ``_x_`` is special: kept, but not
             an expert. A list of members gets the names ``"0"``, ``"1"``, …
         train_datasets, val_datasets, test_datasets: name of a member → its data set, or a mapping
-            with ``_target_`` that builds one when it is asked for. ``_pretrained_`` is the default
-            for members without an entry.
+            with ``_target_`` that builds one on request. ``_pretrained_`` is the default for
+            members without an entry.
         classes: name → names of the classes (or their original labels) that a member's outputs
-            stand for, for members that cannot know it themselves.
+            stand for, for members that do not state them.
         tasks: name of an expert → name of its task, where that is not the expert's own name.
             Several experts may share one task.
         head: modules or tensors that make up the head of the members' architecture; by default
             the last layer of each output, found from the graph.
-        only: names of the experts that take part, all by default; the others are left out as if
-            neither they nor their data were given. Special members always stay.
+        only: names of the experts that take part, all by default; the others are ignored together
+            with their data. Special members are always kept.
         cards: name of an expert → file of its merge card (:mod:`fusion.merging.cards`): statistics
-            of images that are not here. They take the place of a pass over its images.
+            of images that are not available here. They replace a pass over its images.
 
     Raises:
-        UserError: an option that has no meaning, or names a member that is not there.
+        UserError: an invalid option, or one that names an unknown member.
     """
 
     @checked
@@ -152,10 +152,10 @@ class BaseModelPool:
     # -- models --------------------------------------------------------------------------------
 
     def entry(self, name: str) -> Entry:
-        """Return the member called ``name`` as it waits in the pool, not yet a network.
+        """Return the member called ``name``, without building its network.
 
         Raises:
-            UserError: there is none, or it starts from a member that is not there.
+            UserError: there is none, or it starts from an unknown member.
         """
         if name not in self._entries:
             self._entries[name] = self._resolved(name, ())
@@ -239,14 +239,14 @@ class BaseModelPool:
     ) -> None:
         """Write a network made from this pool to ``path`` as safetensors, whole or not at all.
 
-        The base's architecture goes into the metadata where the pool knows it, so that
-        ``Checkpoint(path)`` finds everything in the one file.
+        The base's architecture is written to the metadata if the pool has it, so that
+        ``Checkpoint(path)`` needs nothing else.
 
         Args:
             model: the network, of the members' architecture up to the head.
             path: the file.
             labels: the classes of its outputs.
-            metadata: further strings to keep.
+            metadata: further strings to store.
         """
         save_network(path, model, labels=labels, metadata=metadata, **self._written())
 
@@ -257,11 +257,11 @@ class BaseModelPool:
         labels: LabelSpace | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Return the strings that :meth:`save_model` would keep in the file of a network."""
+        """Return the metadata that :meth:`save_model` would write to the file of a network."""
         return network_metadata(model, labels=labels, metadata=metadata, **self._written())
 
     def _written(self) -> dict[str, Any]:
-        """Return what the file of a network made from this pool says of the architecture."""
+        """Return the description of the architecture for the file of a network from this pool."""
         spec = None
         if self:
             spec = self.entry(self.pretrained_or_first_name).member.architecture_spec
@@ -309,10 +309,10 @@ class BaseModelPool:
         return find_head(self.load_model(name), self.example_input())
 
     def labels(self, name: str) -> LabelSpace | None:
-        """Return the classes of a member's outputs, or ``None`` where nobody knows them.
+        """Return the classes of a member's outputs, or ``None`` where they are unknown.
 
-        Known are those given as ``classes``, those of the member itself (a recipe's data, a file's
-        metadata), those of its own data set where it has an entry, and those of its card.
+        Sources are the option ``classes``, the member itself (a recipe's data, a file's metadata),
+        its own data set where it has an entry, and its card.
         """
         if name not in self._labels:
             space = self.entry(name).labels()
@@ -326,7 +326,7 @@ class BaseModelPool:
         return self._labels[name]
 
     def task(self, name: str) -> str:
-        """Return the task of an expert: its own name, unless the pool says otherwise."""
+        """Return the task of an expert: its own name, unless the option ``tasks`` names another."""
         return self._tasks.get(name, name)
 
     def named_task(self, name: str) -> str | None:
@@ -345,7 +345,7 @@ class BaseModelPool:
 
     @property
     def preprocessing(self) -> Preprocessing | None:
-        """What the base's weights expect of images; data that does not say otherwise follows."""
+        """Preprocessing that the base's weights expect; the default for data without any."""
         return self.entry(self.pretrained_or_first_name).preprocessing if self else None
 
     def has_data(self, split: str = "train", name: str | None = None) -> bool:
@@ -357,7 +357,7 @@ class BaseModelPool:
     def dataset(self, name: str, split: str = "train") -> Any:
         """Return the data of the member ``name``, built at the first call.
 
-        A member without an entry has the data of ``_pretrained_``.
+        A member without an entry uses the data of ``_pretrained_``.
 
         Raises:
             UserError: there is neither, or no such split.
@@ -396,7 +396,7 @@ class BaseModelPool:
 
         Returns:
             one data set where all share it, else a mapping from names to data sets, of which
-            functions such as :func:`fusion.training.recalibrate_batch_norm` draw equally many.
+            functions such as :func:`fusion.training.recalibrate_batch_norm` draw equal numbers.
 
         Raises:
             UserError: a member has no data.
@@ -450,11 +450,11 @@ class BaseModelPool:
         Names, files, architectures, keys, shapes and kinds of dtype against the base (the first
         model where there is no base) and, where weights can be read without building a network,
         that they are finite; and the cards, against the weights. Heads may differ in shape. The
-        answer is remembered until a model is added.
+        result is cached until a model is added.
 
         Args:
-            values: whether to read all weights; else whoever merges them sees to it that they are
-                finite, and says so by :meth:`note_finite`.
+            values: whether to read all weights; otherwise the caller must check that they are
+                finite and record it with :meth:`note_finite`.
 
         Raises:
             UserError: names every offending model and tensor.
@@ -482,7 +482,7 @@ class BaseModelPool:
             self.note_finite(found)
 
     def note_finite(self, names: Iterable[str]) -> None:
-        """Remember that all stored weights of some members were read and are finite."""
+        """Record that all stored weights of some members were read and are finite."""
         self._finite.update(names)
 
     def _resolved(self, name: str, children: tuple[str, ...]) -> Entry:
@@ -533,7 +533,7 @@ def _without(left_out: Set[str], given: Mapping[str, T] | None) -> dict[str, T]:
 
 
 def as_modelpool(models: object) -> BaseModelPool:
-    """Return ``models`` as a pool: a pool as it is, a mapping or a sequence of modules wrapped.
+    """Return ``models`` as a pool: a pool unchanged, a mapping or a sequence of modules wrapped.
 
     A single module becomes a pool of just that base.
 

@@ -1,4 +1,4 @@
-"""Building an architecture that a file asks for, with work and memory bounded by that file."""
+"""Build an architecture that a file requests, with work and memory bounded by that file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FACTORIES = (
     torch.eye,
 )
 
-# What a constructor may raise when its options make no sense to it.
+# Exceptions of constructors for invalid options.
 _ERRORS = (
     TypeError,
     ValueError,
@@ -49,11 +49,11 @@ _ERRORS = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much a constructor may do.
+    """Limits of a constructor.
 
     Attributes:
         tensors: number of new ones.
-        elements: of all of them together.
+        elements: total number of their elements.
     """
 
     tensors: int
@@ -61,10 +61,11 @@ class Bounds:
 
 
 def bounds_of_file(tensors: int, size: int) -> Bounds:
-    """Return what a network may cost whose weights are ``tensors`` tensors in ``size`` bytes.
+    """Return the limits for a network whose weights are ``tensors`` tensors in ``size`` bytes.
 
     A network that fits the file keeps no more tensors and elements than the file has, since an
-    element takes a byte at least; a multiple of both leaves room for what constructors drop again.
+    element takes a byte at least; a multiple of both allows for tensors that constructors drop
+    again.
     """
     return Bounds(
         tensors=_TENSORS_AT_LEAST + _TENSORS_PER_TENSOR * tensors,
@@ -74,7 +75,7 @@ def bounds_of_file(tensors: int, size: int) -> Bounds:
 
 @contextmanager
 def bounded(bounds: Bounds, *, path: Path) -> Iterator[None]:
-    """Bound what is built inside, and tell what goes wrong there as a mistake in ``path``.
+    """Bound constructors within the block, and report their errors as a mistake in ``path``.
 
     Tensors are counted before they are made, on the meta device too.
 

@@ -1,4 +1,4 @@
-"""A merge card: statistics of one expert's images in a file, for whoever may not see the images."""
+"""Merge cards: a file of statistics of one expert's images, for merging without the images."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fusion.modelpool.fingerprint import digest_tensors
 from fusion.weights import SafetensorsSource, TensorInfo, TensorSource, save_safetensors
 from fusion.weights.triangles import from_triangle, to_triangle, triangle_size
 
-FORMAT = 1  # raise it when a reader of today could not make sense of what is written
+FORMAT = 1  # increase it when present readers could not read what is written
 CARD_STATISTICS = ("gram", "moments", "classes")
-_NOTE = "card"  # metadata: what the card says of itself, as JSON
+_NOTE = "card"  # metadata: the card's note, as JSON
 _DIGEST = "card.sha256"  # metadata: of the note and of all tensors
-_SYMMETRIC = "gram/"  # the beginning of the names of symmetric matrices
+_SYMMETRIC = "gram/"  # prefix of the names of symmetric matrices
 
 
 @dataclass(frozen=True)
 class CardNote:
-    """What a card says of itself.
+    """Note of a card on its origin.
 
     Attributes:
         weights: digest of the weights that it belongs to, see :func:`digest_weights`.
-        images: how many images were looked at.
-        labels: the classes of the network's outputs; ``None`` where nobody knew them.
+        images: number of images.
+        labels: the classes of the network's outputs; ``None`` where they were unknown.
     """
 
     weights: str
@@ -40,16 +40,16 @@ class CardNote:
 
 
 class Card(TensorSource):
-    """The statistics in a file that :func:`write` wrote, each read when it is asked for.
+    """The statistics in a file that :func:`write` wrote, each read on access.
 
     Names are ``<statistic>/<state-dict key>``, see :mod:`fusion.merging.statistics`. The file has
-    float32, symmetric matrices as upper triangles; what is read is float64.
+    float32, symmetric matrices as upper triangles; values are returned as float64.
 
     Args:
         path: the file.
 
     Raises:
-        UserError: there is no such file, it is no card, of another version, or damaged.
+        UserError: there is no such file, or it is not a card, of another version, or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -151,9 +151,9 @@ def write(path: str | Path, note: CardNote, statistics: Iterable[tuple[str, Tens
 
     Args:
         path: the file.
-        note: what the card says of itself.
-        statistics: names ``<statistic>/<state-dict key>`` and statistics; symmetric matrices
-            (g, c, c). They are taken and made small one by one.
+        note: the card's note.
+        statistics: names ``<statistic>/<state-dict key>`` and statistics;
+            symmetric matrices (g, c, c). They are consumed and compressed one by one.
     """
     tensors = {
         name: (to_triangle(tensor) if name.startswith(_SYMMETRIC) else tensor).float().contiguous()
@@ -172,13 +172,13 @@ def write(path: str | Path, note: CardNote, statistics: Iterable[tuple[str, Tens
 
 
 def digest_weights(weights: TensorSource) -> str:
-    """Return the SHA-256 of all floating-point tensors; counters of batches play no part."""
+    """Return the SHA-256 of all floating-point tensors; counters of batches are ignored."""
     floating = [key for key in weights if weights.info(key).dtype.is_floating_point]
     return digest_tensors({key: weights[key] for key in floating})
 
 
 def _alike(one: LabelSpace, other: LabelSpace) -> bool:
-    """Return whether the classes are the same, whatever the task is called."""
+    """Return whether the classes are the same, regardless of the name of the task."""
     return one.for_task(None).equals(other.for_task(None))
 
 

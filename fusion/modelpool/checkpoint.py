@@ -1,4 +1,4 @@
-"""A member whose weights lie in a file."""
+"""Members whose weights are in a file."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ log = logging.getLogger(__name__)
 class Checkpoint(Member):
     """Weights in a file and the architecture that they fill, key for key.
 
-    Wrappers around the weights are taken off where what lies inside fits the architecture exactly:
+    Wrappers around the weights are removed if their content fits the architecture exactly:
     entries of a pickled file (``{"epoch": 3, "state_dict": …}``) and beginnings of names
-    (``module.``, ``_orig_mod.``, ``model.`` of Lightning). The log says which.
+    (``module.``, ``_orig_mod.``, ``model.`` of Lightning). The log names them.
 
     Args:
         path: a ``.safetensors`` file, or a file of ``torch.save`` (``.pt``, ``.pth``, ``.bin``,
@@ -62,19 +62,20 @@ class Checkpoint(Member):
             ever run. ``hf://org/name/file`` is a file on the Hugging Face hub, ``hf://org/name``
             the weights of that repository.
         architecture: a mapping with ``_target_``, a zero-argument callable or a module. Weights
-            that torchvision or timm would fetch for it are not. A file that this package wrote
-            names its architecture, and so does a repository of timm on the hub; left out, that is
-            built if it is on the list of :mod:`fusion.modelpool.trusted`.
+            that torchvision or timm would fetch for it are not fetched. A file that this package
+            wrote names its architecture, and so does a repository of timm on the hub. If this
+            option is omitted, that architecture is built if it is on the list of
+            :mod:`fusion.modelpool.trusted`.
         key: where a file holds several state dicts that fit, the one to take: the dotted path of
             an entry, of the beginning of names in it, or of both (``"state_dict.ema_model"``); an
             empty string for the file itself.
         classes: names (or original labels) of the classes of the network's outputs, in their
-            order. Left out, they are read from the file where this package wrote them.
+            order. By default they are read from the file if this package wrote it.
         trusted: import paths of further constructors, such as ``"mine.Net"``, that the file may
-            name as its architecture. Nothing else that a file says is ever imported or called.
+            name as its architecture. Nothing else that a file names is ever imported or called.
         revision: on the hub, the branch, tag or commit; None is the main branch.
-        offline: on the hub, whether only what was fetched before is used; None leaves that to the
-            environment (``HF_HUB_OFFLINE``).
+        offline: on the hub, whether to use only the cache; None follows the environment
+            (``HF_HUB_OFFLINE``).
     """
 
     @checked
@@ -102,11 +103,11 @@ class Checkpoint(Member):
 
     @cached_property
     def path(self) -> Path:
-        """The file; one on the hub is fetched into its cache when it is first asked for."""
+        """The file; one on the hub is fetched into its cache on first access."""
         return self._hub.fetch() if self._hub else Path(self._given_path).expanduser()
 
     def labels(self, entry: Entry | None = None) -> LabelSpace | None:
-        """Return the classes of the outputs, as given or as the file says."""
+        """Return the classes of the outputs, as given or from the file."""
         del entry
         if self._classes is None and is_safetensors(self.path) and self.path.is_file():
             return written_labels(self.path)
@@ -114,7 +115,7 @@ class Checkpoint(Member):
 
     @property
     def architecture_spec(self) -> Mapping[str, Any] | None:  # type: ignore[override]
-        """The mapping that builds the bare architecture, as given or as the file says."""
+        """The mapping that builds the bare architecture, as given or from the file."""
         given = self._given_architecture()
         return without_pretrained_weights(given) if isinstance(given, Mapping) else None
 
@@ -126,7 +127,7 @@ class Checkpoint(Member):
         """
         del entry
         if self._architecture is None:
-            self.stored()  # nothing is allocated for what the file cannot fill
+            self.stored()  # nothing is allocated for tensors that the file cannot fill
         with WithoutRandomValues():
             model = self._made(build_architecture)
         if (tasks := self._tasks) is not None:
@@ -148,9 +149,9 @@ class Checkpoint(Member):
         return bare
 
     def stored(self, entry: Entry | None = None) -> TensorSource:
-        """Return the architecture's tensors in the file, each read when asked for.
+        """Return the architecture's tensors in the file, each read on access.
 
-        Of a file with several heads these are the file's, under the names that they have there.
+        For a file with several heads these are the file's tensors, under their names in it.
         """
         del entry
         if self._tasks is not None:
@@ -189,13 +190,13 @@ class Checkpoint(Member):
         return opened.source
 
     def _made(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
-        """Make the architecture, cut where the file says so."""
+        """Build the architecture, cut if the file records a cut."""
         model = self._uncut(maker)
         cut = written_cut(self.path) if is_safetensors(self.path) else None
         return model if cut is None else CutNetwork(model, cut[0], dense=cut[1])
 
     def _uncut(self, maker: Callable[[Architecture], nn.Module]) -> nn.Module:
-        """Make the architecture; one that the file names only within bounds."""
+        """Build the architecture; one that the file names is built within bounds."""
         architecture = self._known_architecture()
         if self._architecture is None:
             assert isinstance(architecture, Mapping)
@@ -241,7 +242,7 @@ def load(path: str | Path, architecture: Architecture | None = None) -> nn.Modul
 
     Args:
         path: a file that this package wrote, or any other that :class:`Checkpoint` takes.
-        architecture: what the weights fill; needed where the file does not name it.
+        architecture: the architecture; required if the file does not name it.
 
     Raises:
         UserError: the file is missing or unreadable, names no architecture or one that is not

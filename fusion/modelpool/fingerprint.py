@@ -1,4 +1,4 @@
-"""What decides a network's weights, as text and as a hash."""
+"""Fingerprints of everything that determines a network's weights, as text and as a hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PATHS = ("root", "path", "folder", "file", "data_dir")  # options that name a p
 
 
 def canonical(value: Any) -> Any:
-    """Return ``value`` in the terms of JSON, the same for equal values whatever their order."""
+    """Return ``value`` as JSON types, the same for equal values whatever their order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -32,12 +32,13 @@ def canonical(value: Any) -> Any:
 
 
 def data_fingerprint(spec: Mapping[str, Any]) -> Any:
-    """Return what decides the data that a ``_target_`` mapping builds, in the terms of JSON.
+    """Return everything that determines the data of a ``_target_`` mapping, as JSON types.
 
-    Beside the options themselves these are: the absolute path of every folder or file that they
-    name, with names, sizes and times of what lies there, so that other images under the same name
-    count as other data; and the source code of a target that is not of this package. A target that
-    downloads what is missing (``download=True``) answers for its own content.
+    In addition to the options themselves these are the absolute path of every folder or file that
+    they name, with names, sizes and times of the files there, so that different images under the
+    same name count as different data, and the source code of a target that is not part of this
+    package. A target that downloads missing files (``download=True``) is responsible for their
+    content.
 
     Args:
         spec: the mapping, with further ones nested in its options.

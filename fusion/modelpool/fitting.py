@@ -1,9 +1,9 @@
-"""Find, in what a checkpoint file holds, the state dict that fits an architecture exactly.
+"""Find the state dict in a checkpoint file that fits an architecture exactly.
 
 Training loops wrap their weights: in an entry of the file (``state_dict``, ``model``, ``ema``), and
 under the names of modules around the network (``module.`` of data parallelism, ``_orig_mod.`` of
 ``torch.compile``, the attribute of a Lightning module). No list of such names is needed: a wrapper
-is taken off only where what lies inside has exactly the keys and shapes of the architecture.
+is removed only if its content has exactly the keys and shapes of the architecture.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _LONGEST = 300  # characters of a message, whatever the file holds
 
 @dataclass(frozen=True)
 class Fit:
-    """Where an architecture's tensors lie in a file.
+    """Location of an architecture's tensors in a file.
 
     Attributes:
         entry: dotted path of the state dict in the file; empty for the file itself.
-        prefix: what the names begin with and the architecture's do not, such as ``"model."``.
+        prefix: prefix of the names that the architecture's do not have, such as ``"model."``.
         names: the architecture's key → name in the entry. Counters of batch norm may be missing:
             a file from before torch 0.4.1 has none, and a network starts them at 0.
         aside: number of tensors in the entry outside the prefix.
@@ -39,11 +39,11 @@ class Fit:
 
     @property
     def key(self) -> str:
-        """What chooses this one of several: entry and prefix, dotted."""
+        """Key that selects this fit among several: entry and prefix, dotted."""
         return f"{self.entry}.{self.prefix}".strip(".")
 
     def told(self) -> str:
-        """Say what was taken off, or nothing where the file is the plain state dict."""
+        """Describe the removed wrappers; empty if the file is the plain state dict."""
         inside = f" of its entry '{shown(self.entry)}'" if self.entry else ""
         stripped = f", whose names begin with '{shown(self.prefix)}'" if self.prefix else ""
         wrapped = any(self.prefix + key != name for key, name in self.names.items())
@@ -64,8 +64,8 @@ def find_fit(entries: Mapping[str, Shapes], expected: Shapes, *, key: str | None
             string for the file itself.
 
     Raises:
-        UserError: none fits, with the way in which the nearest one does not, or several do, with
-            the keys to choose from.
+        UserError: none fits, with the mismatch of the nearest one, or several do, with the keys to
+            choose from.
     """
     found = [fit for entry in entries for fit in _fits(entry, entries[entry], expected)]
     if key is not None:
@@ -86,7 +86,7 @@ def is_counter(key: str) -> bool:
 
 
 def _fits(entry: str, shapes: Shapes, expected: Shapes) -> list[Fit]:
-    """Return every way to take ``expected`` out of one state dict, the plain one first."""
+    """Return every fit of ``expected`` in one state dict, the plain one first."""
     for names in _namings(shapes):
         found = []
         for prefix in _prefixes(names, expected):
@@ -102,7 +102,7 @@ def _fits(entry: str, shapes: Shapes, expected: Shapes) -> list[Fit]:
 
 
 def _namings(shapes: Shapes) -> Iterator[dict[str, str]]:
-    """Yield the names as they are, and without what wrapping submodules puts into them."""
+    """Yield the names unchanged, and without the parts added by wrapped submodules."""
     yield {name: name for name in shapes}
     bare = {_without_wrappers(name): name for name in shapes}
     if len(bare) == len(shapes) and bare.keys() != shapes.keys():
@@ -114,7 +114,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _prefixes(names: Mapping[str, str], expected: Shapes) -> list[str]:
-    """Return what stands before the architecture's longest key, wherever that occurs."""
+    """Return the prefixes of the architecture's longest key wherever it occurs."""
     kept = [key for key in expected if not is_counter(key)]
     if not kept:
         return []
@@ -124,7 +124,7 @@ def _prefixes(names: Mapping[str, str], expected: Shapes) -> list[str]:
 
 
 def _chosen(entries: Mapping[str, Shapes], key: str) -> dict[str, Shapes]:
-    """Return what lies at and below ``key``, to say why it does not fit."""
+    """Return the entries at and below ``key``, to explain why they do not fit."""
     below = {e: shapes for e, shapes in entries.items() if f"{e}.".startswith(f"{key}.")}
     if below:
         return below
@@ -141,7 +141,7 @@ def _chosen(entries: Mapping[str, Shapes], key: str) -> dict[str, Shapes]:
 
 
 def _misfit(entries: Mapping[str, Shapes], expected: Shapes) -> str:
-    """Say in a clause how the nearest state dict differs from the architecture."""
+    """Return a clause on how the nearest state dict differs from the architecture."""
     candidates = [
         (sum(prefix + key in shapes for key in expected), -len(shapes), entry, prefix)
         for entry, shapes in entries.items()
@@ -182,7 +182,7 @@ def _counted(keys: list[str], what: str) -> str:
 
 
 def _common_prefix(shapes: Shapes) -> str:
-    """Return the parts of dotted names that all of them begin with, with the last dot."""
+    """Return the common dotted prefix of names, with the last dot."""
     first, last = (name.split(".") for name in (min(shapes), max(shapes)))
     common: list[str] = []
     for part, other in zip(first[:-1], last[:-1], strict=False):

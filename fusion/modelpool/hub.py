@@ -26,9 +26,9 @@ class HubFile:
 
     Attributes:
         repo: ``"org/name"``.
-        file: its path in the repository; None for whichever holds the weights.
+        file: its path in the repository; None for the file with the weights.
         revision: branch, tag or commit; None for the main branch.
-        offline: take it from the cache alone; None leaves that to ``HF_HUB_OFFLINE``.
+        offline: use only the cache; None follows ``HF_HUB_OFFLINE``.
     """
 
     repo: str
@@ -37,14 +37,14 @@ class HubFile:
     offline: bool | None = None
 
     def fetch(self) -> Path:
-        """Return where the file lies in the hub's cache, fetching it first if need be.
+        """Return the path of the file in the hub's cache, fetching it first if necessary.
 
         Without a name it is ``model.safetensors``, else ``pytorch_model.bin``, else the only
         ``.safetensors`` file.
 
         Raises:
             UserError: huggingface_hub is not installed, there is no such repository, revision or
-                file, or it can be had neither from the cache nor from the network.
+                file, or it is available neither from the cache nor from the network.
         """
         for name in _USUAL if self.file is None else (self.file,):
             if path := self._fetched(name):
@@ -70,7 +70,7 @@ class HubFile:
             trusted: further targets that the user allows.
 
         Raises:
-            UserError: the file is no JSON object, or asks for anything but plain options.
+            UserError: the file is no JSON object, or requests anything but plain options.
         """
         path = self._fetched(_CONFIG)
         if path is None:
@@ -98,7 +98,7 @@ class HubFile:
             raise self._unreachable(name, error.__cause__) from error
         except hub.utils.EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:  # what the hub answers, and names that are no names
+        except (OSError, ValueError) as error:  # answers of the hub, and invalid names
             raise UserError(f"{self}: {self._answer(error)}") from error
         return Path(path)
 
@@ -143,7 +143,7 @@ class HubFile:
         )
 
     def _answer(self, error: Exception) -> str:
-        """Say in a clause what an error of the hub means."""
+        """Return a clause on the meaning of an error of the hub."""
         utils = _huggingface_hub().utils
         if isinstance(error, utils.GatedRepoError):
             return "the repository is gated; accept its conditions and log in with 'hf auth login'"
@@ -185,8 +185,8 @@ def hub_file(
 def _timm_options(config: dict[str, Any]) -> dict[str, Any]:
     """Return the options of ``timm.create_model`` in a repository's ``config.json``.
 
-    timm keeps what a network was built with in ``model_args`` and takes the rest from
-    ``pretrained_cfg``, as here.
+    As in timm, the options of a network are in ``model_args``, and the rest is taken from
+    ``pretrained_cfg``.
     """
     described = config.get("pretrained_cfg", config)
     described = described if isinstance(described, dict) else {}

@@ -1,4 +1,4 @@
-"""What a network that is fine-tuned takes from the one that it starts from."""
+"""Initial weights of a network that is fine-tuned from another one."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def inherit(
         parent: the parent's state dict.
         model: the network with fresh weights.
         head: ``rows`` (the parent's rows for the classes wanted), ``fresh`` (``model``'s own) or
-            ``auto`` (rows where the parent knows all classes, or where nobody knows the classes
-            and the shapes agree; else fresh).
+            ``auto`` (rows where the parent knows all classes, or where the classes are unknown and
+            the shapes agree; else fresh).
         named_head: modules or tensors that are the head; by default it is found from the graph.
         known: the parent's classes.
         wanted: the classes of ``model``.
-        parent_name: what errors call the parent.
+        parent_name: name of the parent in errors.
 
     Raises:
-        UserError: the bodies differ, or rows were asked for that the parent does not have.
+        UserError: the bodies differ, or rows were requested that the parent does not have.
     """
     fresh = tensors_of(model)
     found = find_head(model, named=named_head)
@@ -61,7 +61,7 @@ def inherit(
             f"{f'the classes {known}' if known else 'no names of its classes'}; this model's are "
             f"{wanted or 'unknown'}; use head=fresh"
         )
-    # Of a head that the user named larger than the last layer, only the last layer has rows.
+    # If the user named a head larger than the last layer, only the last layer has rows.
     last = Head(tuple(key for key in find_head(model).tensors if key in found))
     selected = select_rows(parent, last, rows, classes=len(known))
     for key, tensor in selected.items():

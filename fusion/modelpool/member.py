@@ -1,4 +1,4 @@
-"""A member of a pool: something that can become a network, not before it is asked to."""
+"""Members of a pool: descriptions of networks, which are built on request."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate, refusal
 from fusion.weights import ModuleSource, TensorSource, tensors_of
 
-# What fills a tensor with random numbers. Those of torch.nn.init that are not here come down to one
-# of the tensor's own methods.
+# Functions that fill a tensor with random numbers. Those of torch.nn.init that are not here call
+# one of the tensor's own methods.
 _RANDOM = (
     nn.init.uniform_,
     nn.init.normal_,
@@ -39,15 +39,14 @@ Architecture = nn.Module | Mapping[str, Any] | Callable[[], nn.Module]
 
 
 class Member(ABC):
-    """One network of a pool: a description that never changes and knows no pool.
+    """One network of a pool: an immutable description, independent of any pool.
 
-    Every method receives the `Entry` under which the member stands in a pool; ``None`` where it
-    is used alone.
+    Every method receives the `Entry` of the member in a pool; ``None`` where it is used alone.
 
     Attributes:
         init_from: name of the member of the same pool that this one starts from, if any.
         architecture_spec: the mapping with ``_target_`` that builds the bare architecture, where
-            there is one: it travels in the metadata of what is merged from this member.
+            there is one; it is copied to the metadata of networks merged from this member.
         source: the file, or the path on the hub, that the weights are read from, if any.
     """
 
@@ -64,7 +63,7 @@ class Member(ABC):
         """Return the network's structure on the meta device, without weights."""
 
     def labels(self, entry: Entry | None = None) -> LabelSpace | None:
-        """Return the classes of the outputs, where the member itself knows them."""
+        """Return the classes of the outputs, if the member itself states them."""
         del entry
         return None
 
@@ -87,7 +86,7 @@ class Member(ABC):
         return self.stored(entry) or ModuleSource(self.build(entry))
 
     def fingerprint(self, entry: Entry | None = None) -> str:
-        """Return a hash of everything that decides the weights."""
+        """Return a hash of everything that determines the weights."""
         return digest_tensors(dict(self.tensors(entry)))
 
     def check(self, entry: Entry) -> list[str]:
@@ -104,8 +103,8 @@ class Entry:
         name: the name.
         member: the member.
         parent: the entry of the member that this one starts from.
-        head: modules or tensors that the pool's user named as the head; ``None``: found from the
-            network's graph.
+        head: modules or tensors that the pool's user named as the head; ``None`` to find it from
+            the network's graph.
         known: the classes that the pool's user gave for it.
     """
 
@@ -124,7 +123,7 @@ class Entry:
         return self.member.architecture()
 
     def labels(self) -> LabelSpace | None:
-        """Return the classes of the outputs, as given or as the member itself knows them."""
+        """Return the classes of the outputs, as given or as stated by the member."""
         return self.known or self.member.labels(self)
 
     def stored(self) -> TensorSource | None:
@@ -141,12 +140,12 @@ class Entry:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the weights, as it was when first asked for."""
+        """A hash of everything that determines the weights, as of the first access."""
         return self.member.fingerprint(self)
 
     @cached_property
     def preprocessing(self) -> Preprocessing | None:
-        """What the weights expect of images, where torchvision or timm say so.
+        """Preprocessing that the weights expect, where torchvision or timm publish it.
 
         Weights are the member's own, or those that it starts from.
         """
@@ -162,7 +161,7 @@ class Entry:
 
 
 class ModuleMember(Member):
-    """A network that is already there. What the pool hands out are copies of it."""
+    """A member given as a module. The pool returns copies of it."""
 
     def __init__(self, module: nn.Module, name: str = "model") -> None:
         self._module = unwrapped(module)
@@ -170,7 +169,7 @@ class ModuleMember(Member):
         require_sound(name, self._module)
 
     def build(self, entry: Entry | None = None) -> nn.Module:
-        """Return a deep copy: no algorithm can change what the user passed in."""
+        """Return a deep copy, so that no algorithm can change the user's module."""
         del entry
         return deep_copy(self._name, self._module)
 
@@ -185,7 +184,7 @@ class ModuleMember(Member):
 
 
 class FactoryMember(Member):
-    """A network that a ``_target_`` mapping or a zero-argument callable makes."""
+    """A network built by a ``_target_`` mapping or a zero-argument callable."""
 
     def __init__(self, factory: Mapping[str, Any] | Callable[[], nn.Module]) -> None:
         self._factory = factory
@@ -193,7 +192,7 @@ class FactoryMember(Member):
             self.architecture_spec = factory
 
     def build(self, entry: Entry | None = None) -> nn.Module:
-        """Make the network; a copy of what a callable returns, which may hold on to it."""
+        """Build the network; the result of a callable is copied, since it may keep a reference."""
         del entry
         made = build_architecture(self._factory)
         return made if isinstance(self._factory, Mapping) else copy.deepcopy(made)
@@ -204,7 +203,7 @@ class FactoryMember(Member):
 
 
 def as_member(name: str, value: object) -> Member:
-    """Turn what a user put into ``models`` under ``name`` into a member.
+    """Convert a user's entry of ``models`` under ``name`` to a member.
 
     Raises:
         UserError: it is none of the kinds that a pool takes.
@@ -236,7 +235,7 @@ def build_architecture(architecture: Architecture) -> nn.Module:
     """Make a network from a module (copied), a ``_target_`` mapping or a callable.
 
     Raises:
-        UserError: what came back is not a ``torch.nn.Module``.
+        UserError: the result is not a ``torch.nn.Module``.
     """
     if isinstance(architecture, nn.Module):
         return copy.deepcopy(architecture)
@@ -248,9 +247,9 @@ def build_architecture(architecture: Architecture) -> nn.Module:
 
 
 def build_unfilled(architecture: Architecture) -> nn.Module:
-    """Make a network for weights that are to come; those that it begins with take no memory.
+    """Build a network to be filled with weights; its initial weights take no memory.
 
-    What is no part of the state dict, such as a table of constants, has its values.
+    Tensors outside of the state dict, such as a table of constants, have their values.
     """
     if isinstance(architecture, nn.Module):
         return without_values(architecture, tensors_of(architecture))

@@ -1,4 +1,4 @@
-"""Write a network as a safetensors file that says how to build it: architecture, classes, tasks."""
+"""Write a network as a safetensors file that describes it: architecture, classes, tasks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class FileTensor:
     Attributes:
         name: in the file.
         key: state-dict key within the network, or within that of its task.
-        task: the task that it belongs to alone; of what all tasks share the first one, and of a
-            network without tasks ``None``.
+        task: the task of a tensor of one task; the first task for shared tensors; ``None`` for a
+            network without tasks.
         tensor: the parameter or buffer itself: tied ones are one object.
     """
 
@@ -54,7 +54,7 @@ def save_network(
 ) -> None:
     """Write a network to ``path`` as safetensors, whole or not at all.
 
-    Of a `MultiTaskNetwork` the shared tensors stand under their plain names, what belongs to one
+    For a `MultiTaskNetwork`, shared tensors are written under their plain names, and those of one
     task under ``tasks.<task>.<name>``.
 
     Args:
@@ -83,14 +83,14 @@ def network_metadata(
     labels: LabelSpace | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the strings that a network's file keeps beside its tensors.
+    """Return the metadata of a network's file.
 
     Args:
         model: the network; its values do not matter.
         architecture: the mapping with ``_target_`` that builds it, where one is known.
         head: state-dict keys whose shape may differ from the architecture's.
-        labels: the classes of its outputs; a `MultiTaskNetwork` knows its own.
-        metadata: further strings to keep.
+        labels: the classes of its outputs; a `MultiTaskNetwork` states its own.
+        metadata: further strings to store.
     """
     notes = dict(metadata or {})
     if architecture is not None:
@@ -109,7 +109,7 @@ def network_metadata(
 
 
 def file_tensors(model: nn.Module) -> list[FileTensor]:
-    """Return the tensors of a network under the names that they have in a file."""
+    """Return the tensors of a network under their names in a file."""
     if not isinstance(model, MultiTaskNetwork):
         held = tensors_of(model, keep_vars=True)
         return [FileTensor(key, key, None, tensor) for key, tensor in held.items()]
@@ -123,7 +123,7 @@ def file_tensors(model: nn.Module) -> list[FileTensor]:
 
 
 def not_finite(name: str, path: str | Path) -> UserError:
-    """Return the error for a tensor that is not written, since it is not finite."""
+    """Return the error for a tensor that is not written because it is not finite."""
     return UserError(
         f"'{name}' has entries that are NaN or infinite, so '{path}' was not written; "
         f"lower the scale or the learning rate"

@@ -31,8 +31,8 @@ class Opened:
     """The tensors of a file that fill an architecture.
 
     Attributes:
-        source: them, under the architecture's own keys.
-        fit: where they lie in the file.
+        source: the tensors, under the architecture's own keys.
+        fit: their location in the file.
     """
 
     source: TensorSource
@@ -45,7 +45,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def require_file(path: Path) -> None:
-    """Check that there is a file whose name says that it is a checkpoint.
+    """Check that a file exists and that its name is that of a checkpoint.
 
     Raises:
         UserError: there is none, it is a folder, or its name has another ending.
@@ -88,10 +88,10 @@ def open_fitting(path: Path, expected: Mapping[str, TensorInfo], *, key: str | N
     Args:
         path: the file.
         expected: key → shape and dtype of the architecture's tensors.
-        key: which one to take, where several fit; see :func:`fusion.modelpool.fitting.find_fit`.
+        key: selects one where several fit; see :func:`fusion.modelpool.fitting.find_fit`.
 
     Raises:
-        UserError: the file cannot be read, none fits or several do, or what fits are no plain
+        UserError: the file cannot be read, none fits or several do, or the fit has other than plain
             floating-point weights.
     """
     sources = open_sources(path)
@@ -118,14 +118,14 @@ def open_fitting(path: Path, expected: Mapping[str, TensorInfo], *, key: str | N
 
 
 def infos(model: nn.Module) -> dict[str, TensorInfo]:
-    """Return shape and dtype of everything that a file must hold for ``model``."""
+    """Return shape and dtype of all tensors that a file must have for ``model``."""
     return {
         key: TensorInfo(tuple(value.shape), value.dtype) for key, value in tensors_of(model).items()
     }
 
 
 def fill(model: nn.Module, source: TensorSource) -> None:
-    """Fill ``model`` piece by piece, so that the weights lie in memory once.
+    """Fill ``model`` piece by piece, so that the weights are in memory only once.
 
     Counters of batch norm that ``source`` does not have stay as they are.
     """

@@ -1,4 +1,4 @@
-"""What can be wrong with a pool, found before any work and reported at once."""
+"""Checks of a pool before any work, with all problems reported at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 3  # tensors named in an error before the rest is counted
 
 
 def check_entries(entries: Mapping[str, Entry]) -> list[str]:
-    """Return what is wrong with each member alone, one sentence each.
+    """Return the problems of each member alone, one sentence each.
 
     Raises:
         UserError: nothing here; problems are returned.
@@ -28,7 +28,7 @@ def check_entries(entries: Mapping[str, Entry]) -> list[str]:
 def check_alike(
     entries: Mapping[str, Entry], reference: str, names: Sequence[str], head: Head
 ) -> list[str]:
-    """Return in what members differ from the reference where they must not, one sentence each.
+    """Return the illegal differences between members and the reference, one sentence each.
 
     Args:
         entries: name → member.
@@ -62,10 +62,10 @@ def check_finite(sources: Mapping[str, Mapping[str, Tensor] | TensorSource]) -> 
 
 
 def raise_all(lines: Collection[str]) -> None:
-    """Raise one error that says everything.
+    """Raise one error with all problems.
 
     Raises:
-        UserError: there is something to say.
+        UserError: there is a problem.
     """
     if lines:
         raise UserError("; ".join(lines))

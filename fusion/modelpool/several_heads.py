@@ -1,4 +1,4 @@
-"""Put a network of several tasks together from the tensors of one file."""
+"""Assemble a network of several tasks from the tensors of one file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _unlike(tensor: Tensor, other: Tensor) -> bool:
 def _apart(
     path: Path, tensors: Mapping[str, Tensor], tasks: Mapping[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return what is shared, and task → what belongs to it alone.
+    """Return the shared tensors, and task → tensors of that task alone.
 
     Tasks whose own tensors are tied in the file share one mapping.
     """

@@ -1,4 +1,4 @@
-"""A head that is not trained: the vertices of a regular simplex."""
+"""A fixed head: the vertices of a regular simplex."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def simplex_vertices(classes: int, features: int) -> Tensor:
     last layer of a trained network tends (Papyan, Han and Donoho, "Prevalence of neural collapse",
     2020, equation 4), and which serves as a fixed classifier (Yang et al., "Inducing Neural
     Collapse in Imbalanced Learning", 2022, equation 1). U is random, drawn for these sizes, so that
-    networks trained apart share it.
+    separately trained networks share it.
 
     Args:
         classes: K, two or more.
@@ -65,7 +65,7 @@ def set_simplex_head(
         model: the network.
         head: its head: one linear layer.
         rows: the vertex of each output.
-        classes: how many vertices the simplex has.
+        classes: number of vertices of the simplex.
 
     Returns:
         The names of the tensors that remain to be trained.

@@ -1,4 +1,4 @@
-"""Networks that cannot be members of a pool, each named with the cure."""
+"""Checks for networks that cannot be members of a pool, with remedies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COPY_ERRORS = (RuntimeError, TypeError, ValueError, NotImplementedError, Attrib
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network inside what ``torch.compile`` and data parallelism put around it."""
+    """Return the network inside the wrappers of ``torch.compile`` and data parallelism."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if isinstance(module, DataParallel | DistributedDataParallel):
@@ -36,12 +36,13 @@ def require_sound(name: str, module: nn.Module, *, filled: bool = True) -> None:
     """Check that a network has plain values that can be copied, compared and saved.
 
     Args:
-        name: what to call the network in the error.
+        name: name of the network in the error.
         module: the network.
-        filled: whether it has its values; else they are to come, and it may be on the meta device.
+        filled: whether it has its
+            values; otherwise they are loaded later, and it may be on the meta device.
 
     Raises:
-        UserError: says what is in the way and the cure.
+        UserError: the network cannot be a member.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UserError(
@@ -63,11 +64,12 @@ def require_sound(name: str, module: nn.Module, *, filled: bool = True) -> None:
 
 
 def require_mergeable(name: str, module: nn.Module) -> None:
-    """Check that the parameters of a network are what its layers compute with.
+    """Check that the layers of a network compute with its parameters directly.
 
     Args:
-        name: what to call the network in the error.
-        module: the network, which may live on the meta device.
+        name: name of the network in the error.
+        module: the network, which may be on the meta
+            device.
 
     Raises:
         UserError: a parametrization stands between them, or a parameter is complex.
@@ -91,9 +93,10 @@ def deep_copy(name: str, module: nn.Module, *, values: bool = True) -> nn.Module
     """Return a copy of a network.
 
     Args:
-        name: what to call the network in the error.
+        name: name of the network in the error.
         module: the network.
-        values: whether its values are copied, or only its structure, onto the meta device.
+        values: whether its values are
+            copied, or only its structure, onto the meta device.
 
     Raises:
         UserError: something in it cannot be copied.

@@ -1,4 +1,4 @@
-"""A member that is a recipe: trained once, when it is first asked for, and kept."""
+"""Members given by a training recipe: trained once, on first use, and cached."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECIPE_FORMAT = 2  # raise it when the same recipe would give other weights than before
+RECIPE_FORMAT = 2  # increase it when the same recipe would give other weights than before
 _NAME_LENGTH = 16  # hexadecimal digits of the recipe's hash in a file name: 64 bits
 
 
 class TrainedModel(Member):
-    """A network given by how it is trained.
+    """A network given by its training recipe.
 
-    Asked for, it is trained once, on one device, and kept in ``cache_dir`` under a hash of the
-    full recipe (that of ``init_from`` and of the data included). Two runs at once train it once; a
-    kill at any moment leaves either nothing or a whole file; a damaged file is found by its
-    checksum and trained again with a warning.
+    On first use it is trained, on one device, and stored in ``cache_dir`` under a hash of the full
+    recipe (including that of ``init_from`` and of the data). Concurrent runs train it once. A
+    process killed at any moment leaves either nothing or a complete file. A damaged file is
+    detected by its checksum and trained again with a warning.
 
     Args:
         architecture: mapping with ``_target_`` that builds the network with fresh weights.
@@ -79,15 +79,15 @@ class TrainedModel(Member):
         classes: labels of ``dataset`` (or names of its classes) to train on, all by default. The
             network's outputs stand for them in this order.
         init_from: name of another member of the pool whose weights training starts from.
-        head: where the head comes from: ``rows`` (the parent's rows for these classes), ``fresh``
-            (new weights), ``auto`` (rows where the parent knows all classes, or where nobody knows
-            the classes and the shapes agree; else fresh).
+        head: origin of the head: ``rows`` (the parent's rows for these classes), ``fresh`` (new
+            weights), ``auto`` (rows where the parent knows all classes, or where the classes are
+            unknown and the shapes agree; else fresh).
         epochs, lr, weight_decay, optimizer, batch_size, schedule, augment, channels_last, compile:
             of :func:`fusion.training.fit`.
         precision: Lightning Fabric's, for the training alone.
         accelerator: Lightning Fabric's, for the training alone.
         seed: of the fresh weights, the order of the images, dropout and augmentation.
-        cache_dir: where trained members are kept.
+        cache_dir: folder in which trained members are stored.
         fast_dev_run: train on one batch for one epoch.
     """
 
@@ -140,7 +140,7 @@ class TrainedModel(Member):
         self._cache_dir = Path(cache_dir).expanduser()
 
     def check(self, entry: Entry) -> list[str]:
-        """Return what is wrong with the recipe: its targets, their options, its data, its cache."""
+        """Return the problems of the recipe: its targets, their options, its data, its cache."""
         lines = []
         try:
             target = str(self._dataset["_target_"])
@@ -165,7 +165,7 @@ class TrainedModel(Member):
         return on_meta(self.architecture_spec)
 
     def build(self, entry: Entry | None = None) -> nn.Module:
-        """Return the trained network, training it now if nobody has yet."""
+        """Return the trained network, training it first if necessary."""
         assert self.architecture_spec is not None
         with WithoutRandomValues():
             model = build_architecture(self.architecture_spec)
@@ -181,7 +181,7 @@ class TrainedModel(Member):
         return label_space(self._data(entry))
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
-        """Return the kept weights, or None while it is not trained."""
+        """Return the cached weights, or None if it is not trained yet."""
         kept = self._kept(self._placed(entry))
         return None if kept is None else SafetensorsSource(kept)
 
@@ -192,15 +192,15 @@ class TrainedModel(Member):
         return build_unfilled(self.architecture_spec)
 
     def tensors(self, entry: Entry | None = None) -> TensorSource:
-        """Return the trained weights, training the network now if nobody has yet."""
+        """Return the trained weights, training the network first if necessary."""
         return SafetensorsSource(self._trained(self._placed(entry)))
 
     def fingerprint(self, entry: Entry | None = None) -> str:
-        """Return the hash of everything that decides the weights."""
+        """Return the hash of everything that determines the weights."""
         return hashlib.sha256(self._recipe(self._placed(entry)).encode()).hexdigest()
 
     def path(self, entry: Entry | None = None) -> Path:
-        """Return where the trained weights are kept."""
+        """Return the path of the trained weights."""
         entry = self._placed(entry)
         return self._cache_dir / f"{entry.name}-{entry.fingerprint[:_NAME_LENGTH]}.safetensors"
 
@@ -239,7 +239,7 @@ class TrainedModel(Member):
         return data if self._classes is None else ClassSubset(data, self._classes)
 
     def _trained(self, entry: Entry) -> Path:
-        """Return the file of the weights; train and keep them first if there is no whole one."""
+        """Return the file of the weights, training them first if it is missing or damaged."""
         if (kept := self._kept(entry)) is None:
             with only_one(self.path(entry), entry.name):
                 kept = self._kept(entry)  # another process may have trained it meanwhile
@@ -253,14 +253,14 @@ class TrainedModel(Member):
         if path.is_file():
             log.warning("%s: %s is damaged; training again", entry.name, path)
         for unfinished in path.parent.glob(f".{path.stem}-*"):
-            unfinished.unlink()  # of a run that was killed: whoever writes holds the lock
+            unfinished.unlink()  # of a run that was killed: the writer holds the lock
         log.info("%s: training for %d epochs", entry.name, self.epochs)
         state, metadata = self._train(entry)
         save_safetensors(path, state, {**metadata, "digest": digest_tensors(state)})
         return path
 
     def _kept(self, entry: Entry) -> Path | None:
-        """Return the file in the cache that holds this very recipe's weights, whole; else None."""
+        """Return the undamaged file in the cache with the weights of this recipe; else None."""
         path = self.path(entry)
         if not path.is_file():
             return None
@@ -307,7 +307,7 @@ class TrainedModel(Member):
         return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
     def _with_simplex_head(self, entry: Entry, model: nn.Module) -> list[str]:
-        """Give ``model`` its part of the simplex of all classes; return what is left to train."""
+        """Set the head of ``model`` to vertices of a simplex; return the tensors left to train."""
         data = load_dataset(self._dataset, entry.preprocessing)
         known, wanted = label_space(data), label_space(self._data(entry))
         rows = None if known is None or wanted is None else known.positions(wanted)
@@ -320,7 +320,7 @@ class TrainedModel(Member):
         return set_simplex_head(model, head, rows, classes=len(known))
 
     def _fabric(self) -> Fabric:
-        """Return one process of its own, whatever the run uses: the recipe decides the weights."""
+        """Return a single-process Fabric, so that only the recipe determines the weights."""
         from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
         return make_fabric(
@@ -351,7 +351,7 @@ class TrainedModel(Member):
 def _is_whole(path: Path, recipe: str, size: int, time: int) -> bool:
     """Return whether a cached file holds the weights of ``recipe``, undamaged and finite.
 
-    Size and time of the file are what makes the answer of an earlier call valid.
+    The result of an earlier call is valid while size and time of the file are the same.
     """
     del size, time
     try:

@@ -1,8 +1,8 @@
-"""What a file may ask for: networks from a short list with plain options, and nothing else.
+"""Trusted architectures of files: networks from a short list with plain options only.
 
-What stands in a file is data, whoever wrote it. A ``_target_`` is the import path of anything that
-can be called, ``os.system`` included, so an architecture that a file names is compared with this
-list before anything is imported. Users extend the list in their own configuration
+The content of a file is data, whatever its origin. A ``_target_`` is the import path of anything
+that can be called, ``os.system`` included, so an architecture that a file names is compared with
+this list before anything is imported. Users extend the list in their own configuration
 (``Checkpoint(..., trusted=["mine.Net"])``); a file cannot.
 """
 
@@ -33,18 +33,18 @@ _SHOWN = 60  # characters of a name or value from a file that a message shows
 def require_trusted(
     spec: object, *, path: Path | str, size: int, trusted: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Check the architecture that a file asks for; nothing is imported for that.
+    """Check the architecture that a file requests, without importing anything.
 
     The target is one of this package's networks, a name below ``torchvision.models`` that looks
-    like a builder's, ``timm.create_model`` or one that the user trusts. Options are numbers,
+    like a builder's, ``timm.create_model`` or a target that the user trusts. Options are numbers,
     strings, booleans, null and lists of those; no option makes a constructor read other files or
-    the network. A number is at most the size of the file in bytes: what options count (channels,
-    classes, blocks) takes at least one byte each, so that a greater number cannot fit and would
-    only cost time and memory.
+    the network. A number is at most the size of the file in bytes: counted items (channels,
+    classes, blocks) take at least one byte each, so that a greater number cannot fit and would only
+    cost time and memory.
 
     Args:
-        spec: what stands in the file, as JSON says it.
-        path: the file, as messages name it.
+        spec: the mapping in the file, as JSON types.
+        path: the file, for messages.
         size: its size in bytes.
         trusted: further targets, by their exact import path, that the user allows.
 
@@ -52,7 +52,7 @@ def require_trusted(
         ``spec``.
 
     Raises:
-        UserError: the file asks for anything else.
+        UserError: the file requests anything else.
     """
     target = spec.get("_target_") if isinstance(spec, Mapping) else None
     if not isinstance(spec, Mapping) or not isinstance(target, str):
@@ -110,7 +110,7 @@ def require_registered(
 
 
 def _odd(value: object, size: int) -> str:
-    """Why a value is no plain option, or an empty string."""
+    """Return why a value is not a plain option, or an empty string."""
     if isinstance(value, list):
         return next((odd for item in value if (odd := _odd(item, size))), "")
     if value is None or isinstance(value, bool | str):
@@ -123,7 +123,7 @@ def _odd(value: object, size: int) -> str:
 
 
 def _reads_torchvision(args: list[Any], options: Mapping[str, Any]) -> str:
-    """Why a builder of torchvision would read weights from elsewhere, or an empty string."""
+    """Return why a builder of torchvision would read weights from elsewhere, or an empty string."""
     if args:
         return "with '_args_'; the options of torchvision's networks have names"
     for name in options:
@@ -133,7 +133,7 @@ def _reads_torchvision(args: list[Any], options: Mapping[str, Any]) -> str:
 
 
 def _reads_timm(args: list[Any], options: Mapping[str, Any]) -> str:
-    """Why ``timm.create_model`` would read other files or the network, or an empty string."""
+    """Return why ``timm.create_model`` would read files or the network, or an empty string."""
     name = options.get("model_name", args[0] if args else None)
     if len(args) > 1 or (args and "model_name" in options):
         return "with further '_args_'; the options of timm's networks have names"

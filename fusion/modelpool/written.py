@@ -1,4 +1,4 @@
-"""What a safetensors file says of its network: architecture, head, classes, tasks, as data."""
+"""Read the description of a network in a safetensors file: architecture, head, classes, tasks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def written_tasks(path: Path) -> dict[str, LabelSpace | None] | None:
 
 
 def written_cut(path: Path) -> tuple[str, bool] | None:
-    """Return before which layer a file's network is cut, and whether a matrix reads features there.
+    """Return the layer before which a file's network is cut, and whether the readout is a matrix.
 
     Returns:
         ``None`` for a network that is not cut.

@@ -1,4 +1,4 @@
-"""The CNNs of ours, and what every CNN is made of: its layers in forward order and its head."""
+"""Built-in CNNs, and the parts of any CNN: its layers in forward order and its head."""
 
 from __future__ import annotations
 

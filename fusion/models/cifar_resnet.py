@@ -26,7 +26,8 @@ class CifarResNet(nn.Module):
     A 3×3 convolution, three stages of n residual blocks at 16, 32 and 64 channels, the second and
     third of which halve the resolution, global average pooling and one linear layer. The names of
     the parameters are those of the widespread ``pytorch_resnet_cifar10`` checkpoints. Other norms
-    and convolutions make the same network with and without what merging methods rely on.
+    and convolutions give the same network with and without the properties that merging methods rely
+    on.
 
     Source: He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (2015).
 
@@ -154,14 +155,14 @@ class PadShortcut(nn.Module):
 
 @dataclass(frozen=True)
 class _Parts:
-    """Makes the convolutions and norms of a block."""
+    """Factory of the convolutions and norms of a block."""
 
     norm: Norm
     conv: Convolution
 
     @property
     def bias(self) -> bool:
-        """Whether convolutions have a bias: where no norm follows that has one."""
+        """Whether convolutions have a bias: if no norm with a bias follows."""
         return self.norm == "none"
 
     def norm_of(self, channels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a network costs: its parameters, and the multiplications of a forward pass."""
+"""Cost of a network: its parameters and the multiply-adds of a forward pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Cost:
     """Size and work of a network.
 
     Attributes:
-        parameters: numbers that are stored, parameters and running statistics; what is shared
-            counts once.
+        parameters: number of stored values, parameters and running statistics; shared tensors count
+            once.
         multiply_adds: multiplications with an addition in convolutions and linear layers, for one
             image and every task.
     """
@@ -29,11 +29,12 @@ class Cost:
 
 
 def cost_of(model: nn.Module, shape: Sequence[int]) -> Cost:
-    """Return what a network costs.
+    """Return the cost of a network.
 
-    A network of several tasks answers all of them, and what :meth:`MultiTaskNetwork.outputs` runs
-    once counts once: a shared trunk, or a body with a linear head for each task. Modules that
-    merely hold networks (an ensemble) cost what these cost together.
+    A network of several tasks answers all of them, and modules that
+    :meth:`MultiTaskNetwork.outputs` runs once count once: a shared trunk, or a body with a linear
+    head for each task. The cost of modules that merely hold networks (an ensemble) is the sum over
+    these.
 
     Args:
         model: the network, or a module with the attribute ``networks``; no value is read.

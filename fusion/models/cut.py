@@ -1,4 +1,4 @@
-"""A network cut in two: a trunk that tasks share, and a tail that reads the trunk's features."""
+"""Networks cut in two: a trunk shared by tasks, and a tail that reads the trunk's features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusion.errors import UserError, suggestion
 from fusion.models.forward_pass import LAYER_FUNCTIONS, symbolic_graph
 from fusion.models.layer import is_layer
 
-# What leaves every channel where it is, so that its channels are those of what it received.
+# Operations that leave every channel in place, so that output and input channels correspond.
 _MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
@@ -37,13 +37,13 @@ _SOURCES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Crossing:
-    """A value that the trunk makes and a tail reads.
+    """A value that the trunk computes and a tail reads.
 
     Attributes:
         node: its name in the network's graph.
         source: name of the norm or layer whose output channels it has; ``""`` for an input of the
             network, which needs no reading.
-        channels: how many channels it has.
+        channels: number of its channels.
         axis: the axis of the channels.
     """
 
@@ -59,7 +59,7 @@ class Cut:
 
     Attributes:
         layer: name of the first layer of the tail.
-        crossings: what passes from the trunk to the tail.
+        crossings: values that pass from the trunk to the tail.
         trunk: state-dict keys of the tensors in the trunk; all others are the tail's.
     """
 
@@ -126,7 +126,7 @@ def graph_of(model: nn.Module) -> fx.Graph:
 
 
 class CutNetwork(nn.Module):
-    """A network that reads its own features out of merged ones where it is cut.
+    """A cut network that recovers its features from merged ones at the cut.
 
     It has the modules and tensors of the original network under their names, and for each value
     that crosses the cut an ``unmerge.<number>`` between trunk and tail. Networks of several tasks
@@ -187,11 +187,11 @@ class CutNetwork(nn.Module):
         self.train(network.training)
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the original network returns, its tail reading merged features."""
+        """Return the output of the original network, whose tail reads merged features."""
         return self.tail(self.trunk(images))
 
     def trunk(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the values that cross the cut, as the trunk makes them."""
+        """Return the values that cross the cut, as computed by the trunk."""
         return tuple(self._trunk(self, images))
 
     def tail(self, values: Sequence[Tensor]) -> Any:
@@ -205,16 +205,16 @@ class CutNetwork(nn.Module):
 
 
 def reader_key(number: int, *, dense: bool) -> str:
-    """Return the state-dict key of what reads the ``number``-th value out in a `CutNetwork`."""
+    """Return the state-dict key of the readout of the ``number``-th value of a `CutNetwork`."""
     return f"unmerge.{number}.{'matrix' if dense else 'index'}"
 
 
 class Unmerge(nn.Module):
-    """Reads a network's own channels out of merged ones; the identity when it is made.
+    """Readout of a network's channels from merged ones; initially the identity.
 
     Args:
-        channels: how many.
-        axis: where the channels stand, counted as in the value.
+        channels: number of channels.
+        axis: axis of the channels in the value.
         dense: by a matrix (each channel a combination of the merged ones) or by an index (each is
             one of them).
     """
@@ -270,7 +270,7 @@ def _first_reader(key: str, first: Mapping[str, int]) -> int | None:
 
 
 def _crossing(node: fx.Node, modules: Mapping[str, nn.Module]) -> Crossing | None:
-    """Return what a value is whose channels are those of a norm or layer, or of the input."""
+    """Return the crossing of a value with the channels of a norm or layer, or of the input."""
     if node.op == "placeholder":
         return Crossing(node.name, "", 0, 1)
     found = _source(node, modules)
@@ -298,7 +298,7 @@ def _source(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
     if not passes:
         return None
     sources = [_source(parent, modules) for parent in node.all_input_nodes]
-    # Of a sum all parts have the same channels; a gate may have but one.
+    # All terms of a sum have the same channels; a gate may have only one.
     sizes = {s: _channels(modules[s]) for s in sources if s is not None}
     return max(sizes, key=lambda s: sizes[s], default=None)
 

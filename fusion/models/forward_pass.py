@@ -1,4 +1,4 @@
-"""Two walks through a forward pass that tell a ledger what runs: by tracing, and by running."""
+"""Record a forward pass in a ledger, either by symbolic tracing or by running it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYER_FUNCTIONS: dict[Callable[..., Any], Kind] = {
 }
 _GROUPS_POSITION = 6  # of the argument `groups`, in all convolutions of torch.nn.functional
 
-# What a forward pass may raise when it meets a proxy in place of a tensor.
+# Exceptions of a forward pass that receives a proxy in place of a tensor.
 _TRACING_ERRORS = (
     TypeError,
     ValueError,  # fx's own TraceError is one
@@ -43,7 +43,7 @@ def trace(ledger: Ledger) -> str | None:
     """Follow the ledger's model symbolically, with its default arguments.
 
     Returns:
-        None, or why and where it cannot be traced; the ledger is untouched then.
+        None, or a phrase on why and where it cannot be traced; the ledger is unchanged then.
     """
     graph = symbolic_graph(ledger.model)
     if isinstance(graph, str):
@@ -65,7 +65,7 @@ def symbolic_graph(model: nn.Module) -> fx.Graph | str:
         return tracer.trace(model, concrete_args=defaults)
     except _TRACING_ERRORS as error:
         module = f"module '{tracer.running}'" if tracer.running else "its own forward"
-        reason = str(error).partition(". ")[0]  # fx adds an essay
+        reason = str(error).partition(". ")[0]  # fx adds several lines
         return f"tracing stopped in {module}{_place(error)}: {reason}"
 
 
@@ -75,7 +75,7 @@ def is_traceable(model: nn.Module) -> bool:
 
 
 def run(ledger: Ledger, example_input: Tensor | tuple[Tensor, ...]) -> None:
-    """Follow the ledger's model while it runs on an input, through hooks that stay on it."""
+    """Follow the ledger's model while it runs on an input, through hooks that remain on it."""
     last: int | None = None
     waiting: list[Belongings] = []  # what ran before the first layer
     made_by = WeakIdKeyDictionary()  # output of a leaf module -> number of its layer
@@ -118,7 +118,7 @@ def run(ledger: Ledger, example_input: Tensor | tuple[Tensor, ...]) -> None:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers and norms whole, and remembers which module it is in."""
+    """Tracer that keeps layers and norms whole and tracks the current module."""
 
     proxy_buffer_attributes = True  # running statistics that a forward uses by itself are seen
 
@@ -143,7 +143,7 @@ class _Tracer(fx.Tracer):
 
 
 def _follow_graph(graph: fx.Graph, ledger: Ledger) -> None:
-    """Carry the layer that ran last, and what found no layer yet, from each node to the next."""
+    """Propagate the layer that ran last, and tensors without a layer so far, along the nodes."""
     source: dict[fx.Node, tuple[int, int]] = {}  # (step, number of the layer)
     waiting: dict[fx.Node, list[Belongings]] = {}
     data: set[fx.Node] = set()  # what depends on the network's input

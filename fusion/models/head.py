@@ -1,4 +1,4 @@
-"""The head of a network: what lies between the last features that tasks share and the outputs."""
+"""The head of a network: the part between the last features that tasks share and the outputs."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def find_head(
     From every output the graph is followed backwards to the nearest convolution or linear layer;
     that layer and the normalisations and parameters on the way belong to the head. The outputs of
     the forward pass in training mode count too, which are those of auxiliary classifiers. Shapes
-    play no part: two heads of equal size may serve different tasks.
+    are irrelevant: two heads of equal size may serve different tasks.
 
     Args:
         model: the network; it is not changed, and may live on the meta device.
-        example_input: an input of the network. A network that cannot be traced symbolically is
-            run on it, and the head is found from the graph of its gradients. Without it the last
-            layer that was registered is taken, and the log says so.
+        example_input: an input of the network. A network that cannot be traced symbolically is run
+            on it, and the head is found from the graph of its gradients. Without it the last
+            registered layer is taken, with a warning in the log.
         named: modules or tensors that make up the head, for networks in which features are shared
             up to another place. Nothing is searched then.
 
     Raises:
-        UserError: ``named`` names something that the network does not have, or the network has no
-            convolution or linear layer.
+        UserError: ``named`` contains an unknown name, or the network has no convolution or linear
+            layer.
 
     Example::
 
@@ -143,7 +143,7 @@ def _traced(model: nn.Module) -> set[str] | None:
 
     def inputs_of(node: fx.Node) -> list[fx.Node]:
         if node.op == "call_function" and node.target in LAYER_FUNCTIONS:
-            # The layer ends the walk: only what its weight and bias are made of is followed.
+            # The walk ends at the layer: only the operands of its weight and bias are followed.
             data = node.args[0] if node.args else node.kwargs.get("input")
             return [parent for parent in node.all_input_nodes if parent is not data]
         return node.all_input_nodes

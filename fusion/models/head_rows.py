@@ -21,7 +21,7 @@ def select_rows(
         state_dict: weights of the network that knows all classes.
         head: its head; every tensor in it has one row for each class, or no rows at all.
         rows: the classes that are kept; row ``k`` of the result is row ``rows[k]`` of the head.
-        classes: how many classes the head has.
+        classes: number of classes of the head.
 
     Returns:
         new tensors, by their state-dict keys.
@@ -48,7 +48,7 @@ def select_rows(
 
 
 class Shaped(Protocol):
-    """Anything with a shape: a tensor, or what a file says of one before it is read."""
+    """Anything with a shape: a tensor, or its description in a file before it is read."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -56,14 +56,14 @@ class Shaped(Protocol):
 
 
 def resize_head(model: nn.Module, state: Mapping[str, Shaped]) -> None:
-    """Give the tensors of ``model`` the shapes that ``state`` has, in place.
+    """Change the tensors of ``model`` to the shapes in ``state``, in place.
 
-    Parameters and buffers of another shape are replaced by new ones, without values of their own,
-    and the sizes that torch's layers keep as attributes follow.
+    Parameters and buffers of another shape are replaced by new, uninitialised ones, and the sizes
+    that torch's layers keep as attributes are updated.
 
     Args:
         model: the network.
-        state: state-dict keys and tensors; those that already fit are left alone.
+        state: state-dict keys and tensors; those that already fit are not changed.
     """
     for key, tensor in state.items():
         owner, _, name = key.rpartition(".")

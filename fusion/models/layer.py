@@ -1,4 +1,4 @@
-"""What a layer is, and the ledger that gives every tensor of a network to one of them."""
+"""Layers, and the ledger that assigns every tensor of a network to one of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME_OF_A_NORM = re.compile(r"norm([123]d)?$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear module, and all that is merged or permuted together with it.
+    """A convolution or linear module with all tensors that are merged or permuted together with it.
 
     Attributes:
         name: dotted name of the module; the key of the weight where a plain parameter is used in
@@ -49,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Belongings:
-    """State-dict keys that go to a layer together, and the module that they make up.
+    """State-dict keys that are assigned to a layer together, and the module that they form.
 
     Attributes:
         keys: the state-dict keys.
@@ -84,7 +84,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class Ledger:
-    """Opens layers and gives them their tensors while somebody walks through the forward pass.
+    """Ledger of layers, filled in the order of a forward pass.
 
     A tensor belongs to the layer that claims it first, under all its names at once. So tied
     modules and modules that run twice make one layer.
@@ -105,7 +105,7 @@ class Ledger:
         self._owner: dict[str, int] = {}
 
     def belongings(self, name: str) -> Belongings:
-        """Return what a leaf module brings with it, or a container beside its children."""
+        """Return the tensors of a leaf module, or those of a container apart from its children."""
         keys = self._under.get(name, [])
         if not is_leaf(self.modules[name]):
             keys = [key for key in keys if key.rpartition(".")[0] == name]
@@ -129,7 +129,7 @@ class Ledger:
     def open(self, name: str) -> int:
         """Open the layer of a convolution or linear module; return its number.
 
-        If its weight has an owner (tied, or run before), that layer receives what is left.
+        If its weight has an owner (tied, or run before), that layer receives the remaining tensors.
         """
         module = self.modules[name]
         keys = self._under[name]
@@ -155,7 +155,7 @@ class Ledger:
         return self._open(_Draft(weight, weight, groups, kind), keys)
 
     def give(self, number: int, belongings: Belongings) -> None:
-        """Give a layer those of the tensors that have no owner yet."""
+        """Assign to a layer those of the tensors that have no owner yet."""
         draft = self._drafts[number]
         free = [key for key in belongings.keys if key not in self._owner]
         for key in free:
@@ -169,13 +169,13 @@ class Ledger:
             draft.norms.append(belongings.norm)
 
     def close(self) -> tuple[Layer, ...]:
-        """Give away what the forward pass did not reach, and return all layers.
+        """Assign the tensors that the forward pass did not reach, and return all layers.
 
-        A module that was not reached opens a layer of its own; another tensor joins the one
-        registered before it.
+        A module that was not reached opens a new layer; any other tensor joins the one registered
+        before it.
 
         Raises:
-            UserError: if there is not a single layer.
+            UserError: if there is no layer.
         """
         reached = len(self._drafts)
         for name, module in self.modules.items():
@@ -225,7 +225,7 @@ class Ledger:
 
 @dataclass
 class _Draft:
-    """A layer that still receives tensors."""
+    """A layer under construction."""
 
     name: str
     weight: str

@@ -27,7 +27,7 @@ def find_layers(
 
     Every key of ``model.state_dict()`` belongs to exactly one layer. A norm or a plain parameter
     belongs to the convolution or linear module that ran last among its ancestors in the graph;
-    without such an ancestor, to the first one that uses it. What is tied counts once, where it is
+    without such an ancestor, to the first one that uses it. Tied tensors count once, where they are
     first used. Modules that the forward pass does not reach come last, as registered.
 
     The order is found by symbolic tracing: the model is neither run nor changed, and may live on

@@ -16,16 +16,16 @@ from fusion.weights import load_tensors, tensors_of
 
 
 class MultiTaskNetwork(nn.Module):
-    """Networks of several tasks that share everything but what belongs to one task alone.
+    """A network of several tasks that share everything except the tensors of single tasks.
 
-    Each task has a whole network of the original class, whose shared modules and parameters are
-    the very same objects in all of them. What a task has for itself is its head and, where asked
-    for, running statistics of batch norm.
+    Each task has a whole network of the original class, whose shared modules and parameters are the
+    same objects in all of them. Each task has its own head and, if requested, its own running
+    statistics of batch norm.
 
     Args:
         networks: task → network; what is shared is shared by identity (:meth:`assemble` makes
             such networks).
-        labels: task → the classes of its outputs; ``None`` where nobody knows them.
+        labels: task → the classes of its outputs; ``None`` where they are unknown.
 
     Raises:
         UserError: no task.
@@ -64,11 +64,11 @@ class MultiTaskNetwork(nn.Module):
         own: Mapping[str, Mapping[str, Tensor]],
         labels: Mapping[str, LabelSpace | None] | None = None,
     ) -> MultiTaskNetwork:
-        """Return a network of ``body`` and what each task has for itself.
+        """Return a network made of ``body`` and the tensors of each task.
 
         Args:
-            body: a network of the original class; it is not changed. What no task has for itself
-                comes from it.
+            body: a network of the original class; it is not changed. It provides all tensors that
+                are not in ``own``.
             own: task → state-dict keys and tensors of that task alone. Tensors may differ from
                 the body's in shape. A mapping that stands under two tasks is shared by them.
             labels: task → the classes of its outputs.
@@ -108,8 +108,8 @@ class MultiTaskNetwork(nn.Module):
     def for_task(self, task: str) -> nn.Module:
         """Return the network of one task, of the original class.
 
-        It shares its body with the other tasks: training it changes theirs. ``copy.deepcopy`` of
-        it is a network of its own.
+        It shares its body with the other tasks: training it changes theirs. ``copy.deepcopy`` of it
+        is independent.
 
         Raises:
             UserError: there is no such task.
@@ -122,9 +122,9 @@ class MultiTaskNetwork(nn.Module):
         return self.networks[self._tasks.index(task)]
 
     def outputs(self, images: Tensor) -> dict[str, Any]:
-        """Return what the network of each task returns for ``images``.
+        """Return the output of each task's network for ``images``.
 
-        What the tasks share runs once where it can: the trunk of networks that are cut
+        Shared modules run once where possible: the trunk of networks that are cut
         (:class:`CutNetwork`), and everything else where tasks differ in the last linear layer alone
         (:meth:`own_layer`).
         """
@@ -157,7 +157,7 @@ class MultiTaskNetwork(nn.Module):
         return not set(first.cut.trunk) & set(self.own_keys())
 
     def own_layer(self) -> str | None:
-        """Return the name of the linear layer that is all in which the tasks differ, if so."""
+        """Return the name of the linear layer if the tasks differ in that layer alone."""
         layers = {key.rpartition(".")[0] for key in self.own_keys()}
         name = next(iter(layers), None)
         if len(layers) != 1 or not isinstance(
@@ -186,8 +186,7 @@ class MultiTaskNetwork(nn.Module):
 def _copy_apart_from_shared(network: nn.Module, own: Collection[str]) -> nn.Module:
     """Return a copy of ``network`` in which only the tensors ``own`` are new objects.
 
-    Modules that hold none of them are taken as they are; others are copied with their shared
-    tensors.
+    Modules that hold none of them are reused; others are copied with their shared tensors.
     """
     memo: dict[int, Any] = {}
     for name, module in network.named_modules():

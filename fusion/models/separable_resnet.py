@@ -15,7 +15,7 @@ Dropout = Annotated[float, Within(least=0, below=1)]
 
 
 class SeparableResNet(nn.Module):
-    """Depthwise-separable residual CNN; 944,494 parameters as it stands by default.
+    """Depthwise-separable residual CNN; 944,494 parameters by default.
 
     A separable stem, three stages of 3, 4 and 3 residual blocks at 64, 128 and 256 channels, with
     2×2 max-pooling and a separable convolution between stages; global average pooling, four fully

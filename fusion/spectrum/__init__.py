@@ -1,4 +1,4 @@
-"""How much of a weight is signal: the random-matrix noise model and the score built on it."""
+"""Signal and noise in weights: the random-matrix noise model and the score built on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Marchenko–Pastur law: where the singular values of a matrix of pure noise lie.
+"""The Marchenko–Pastur law of the singular values of pure noise.
 
 Let X be a×b with a ≤ b and independent entries of mean 0 and standard deviation 1. As the sides
 grow with β = a/b fixed, the eigenvalues λ of X Xᵀ/b fill the interval [(1−√β)², (1+√β)²] with
@@ -44,7 +44,7 @@ def cdf(eigenvalue: float, beta: float) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def quantile(p: float, beta: float) -> float:
-    """Return the eigenvalue that a share ``p`` of the eigenvalues lies below."""
+    """Return the eigenvalue below which a share ``p`` of the eigenvalues lies."""
     low, high = support(beta)
     if not 0 <= p <= 1:
         raise ValueError(f"a quantile needs a share p from 0 to 1, got {p}")

@@ -1,4 +1,4 @@
-"""What singular values say about the noise in a matrix: its size, and the edge where it ends."""
+"""Noise of a matrix from its singular values: standard deviation and upper edge."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def estimate_sigma(values: Tensor, a: int, b: int, rule: SigmaRule) -> float:
 
 
 def noise_threshold(sigma: float, a: int, b: int, rule: ThresholdRule, *, alpha: float) -> float:
-    """Return the singular value above which there is signal in a matrix a×b, a ≤ b.
+    """Return the threshold on singular values above which a matrix a×b, a ≤ b, has signal.
 
     Args:
         sigma: standard deviation of the noise.
         a: short side.
         b: long side.
-        rule: ``tracy_widom``: what the largest singular value of noise exceeds with probability
-            ``alpha`` (Johnstone 2001). ``mp_edge``: σ(√a+√b), its limit for large matrices.
-            ``gavish_donoho``: the optimal hard threshold. ``notebook``: σ(1+√β).
+        rule: ``tracy_widom``: the value that the largest singular value of noise exceeds with
+            probability ``alpha`` (Johnstone 2001). ``mp_edge``: σ(√a+√b), its limit for large
+            matrices. ``gavish_donoho``: the optimal hard threshold. ``notebook``: σ(1+√β).
         alpha: level of ``tracy_widom``; the other rules have none.
     """
     if rule == "tracy_widom":

@@ -1,4 +1,4 @@
-"""Spectrum's signal-to-noise ratio as it is usually coded, kept to the letter for comparison.
+"""Spectrum's signal-to-noise ratio as usually implemented, reproduced exactly for comparison.
 
 It is not calibrated. The threshold lacks the factor √(long side) by which the singular values of
 noise grow, so that for a 3×3 convolution with equal channels *all* of pure noise counts as signal;

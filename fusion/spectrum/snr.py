@@ -19,17 +19,18 @@ from fusion.spectrum.noise_model import (
 )
 from fusion.spectrum.svd import singular_values, to_float64
 
-MIN_SINGULAR_VALUES = 3  # with fewer there is no majority of noise to stand out from
+MIN_SINGULAR_VALUES = 3  # with fewer singular values there is no majority of noise
 MIN_RESOLUTION = 1e-12  # relative; the decomposition's own rounding in float64 stays well below it
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSNR:
-    """What the noise model finds in one weight.
+    """Result of the noise model for one weight.
 
     Attributes:
-        snr: Σ s[s > τ] / Σ s[s ≤ τ]; 0 when there is no signal. Without unit, free of scale.
-        signal_rank: how many singular values exceed the threshold.
+        snr: Σ s[s > τ] / Σ s[s ≤ τ]; 0 when there is no signal. Dimensionless and independent of
+            scale.
+        signal_rank: number of singular values above the threshold.
         sigma: the estimated standard deviation of the noise, in the unit of the weight.
         threshold: τ, the singular value above which there is signal, in the unit of the weight.
         singular_values: all of them, descending, float64 on the CPU.
@@ -53,9 +54,9 @@ def layer_snr(
     """Measure how far ``weight`` stands out from noise.
 
     The weight is flattened (see :func:`as_matrix`) to a×b with a ≤ b and taken for a matrix of few
-    strong directions plus independent noise of one standard deviation σ, of which the median
-    singular value tells. The score is the ratio of the sums of singular values above and below the
-    threshold (Hartford et al., 2024, "Spectrum", without their division by the largest singular
+    strong directions plus independent noise of one standard deviation σ, which is estimated from
+    the median singular value. The score is the ratio of the sums of singular values above and below
+    the threshold (Hartford et al., 2024, "Spectrum", without their division by the largest singular
     value, which made the score depend on the unit of the weight). Scale, transposition, permutation
     of rows or columns and memory format do not change it.
 
@@ -65,9 +66,10 @@ def layer_snr(
       weight, blocks of zeros. A weight of zeros has SNR, rank, σ and threshold 0.
     - With fewer than three singular values left, SNR and rank are 0. At most half of the singular
       values can be found to be signal, since the median has to be noise.
-    - Exactly low-rank weights have no noise but rounding: σ is at least the resolution of the dtype
-      (at least 1e-12) times the root mean square of the weight, and the noise counts as at least
-      one singular value at the threshold. The SNR is then finite, of the order of 1/resolution.
+    - Exactly low-rank weights have no noise except rounding: σ is at least the resolution of the
+      dtype (at least 1e-12) times the root mean square of the weight, and the noise counts as at
+      least one singular value at the threshold. The SNR is then finite, of the order of
+      1/resolution.
     - A grouped weight is a stack of blocks: σ from all their singular values together, each block
       against the threshold of its size at level ``alpha``/blocks, sums over all blocks. Depthwise
       kernels are one matrix with a row per channel.
@@ -79,7 +81,7 @@ def layer_snr(
             & Donoho 2014; the half, as in Johnstone's centring, removes a bias of −1/(4b), which
             alone raised false alarms from 3 % to 4 % at 64×64). ``iqr``: the same with
             interquartile ranges; far noisier. ``notebook``: IQR(s)/1.349, not calibrated.
-        threshold: ``tracy_widom``: what the largest singular value of noise exceeds with
+        threshold: ``tracy_widom``: the value that the largest singular value of noise exceeds with
             probability ``alpha`` (Johnstone 2001). ``mp_edge``: σ(√a+√b), its limit for large
             matrices. ``gavish_donoho``: the optimal hard threshold for reconstruction (2014).
             ``notebook``: σ(1+√β), not calibrated.
@@ -143,7 +145,7 @@ def layer_snr(
 
 
 def as_matrix(weight: Tensor, groups: int = 1) -> Tensor:
-    """Return ``weight`` as a stack of matrices, (blocks, rows, columns), one block a group.
+    """Return ``weight`` as a stack of matrices, (blocks, rows, columns), one block per group.
 
     (out, in/groups, …) becomes (groups, out/groups, in/groups · kernel); a transposed convolution's
     (in, out/groups, …) likewise with the roles of in and out exchanged. Where a group has a single

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as float64 without its graph, on its device if that knows float64."""
+    """Return ``tensor`` as float64 without its graph, on its device if that supports float64."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 

@@ -1,9 +1,10 @@
-"""The Tracy–Widom law of order 1: how far the largest singular value of noise strays from the edge.
+"""The Tracy–Widom law of order 1, of the largest singular value of noise around the edge.
 
-SciPy has no such law. Ferrari & Spohn (2005) write its distribution function as a Fredholm
-determinant, F₁(s) = det(1 − T) on L²(s, ∞) with the kernel T(x, y) = ½ Ai((x + y)/2), and Bornemann
-(2010) shows that Gauss–Legendre quadrature of the determinant converges exponentially: 40 nodes
-give F₁ to about 14 digits, with none of the instability of integrating Painlevé II from the right.
+SciPy does not provide this law. Ferrari & Spohn (2005) write its distribution function as a
+Fredholm determinant, F₁(s) = det(1 − T) on L²(s, ∞) with the kernel T(x, y) = ½ Ai((x + y)/2), and
+Bornemann (2010) shows that Gauss–Legendre quadrature of the determinant converges exponentially: 40
+nodes give F₁ to about 14 digits, with none of the instability of integrating Painlevé II from the
+right.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ def cdf(s: float) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def upper_quantile(alpha: float) -> float:
-    """Return what a Tracy–Widom variable of order 1 exceeds with probability ``alpha``."""
+    """Return the value that a Tracy–Widom variable exceeds with probability ``alpha``."""
     if not 0 < alpha < 1:
         raise ValueError(f"a probability alpha lies between 0 and 1, got {alpha}")
     return float(brentq(lambda s: cdf(s) - (1 - alpha), *_BRACKET))
 
 
 def noise_edge(a: int, b: int, alpha: float) -> float:
-    """Return what the largest singular value of a×b noise of unit variance exceeds with ``alpha``.
+    """Return the ``alpha`` quantile (upper tail) of the largest singular value of a×b unit noise.
 
     The squared singular value, less its centre (√(a−½)+√(b−½))² and over its scale
     (√(a−½)+√(b−½))·(1/√(a−½)+1/√(b−½))^⅓, follows the Tracy–Widom law (Johnstone, 2001; the halves

@@ -1,4 +1,4 @@
-"""What several runs say together: read from their reports, put into a table, figures and a page."""
+"""Summaries of several runs, from their reports to a table, figures and a page."""
 
 from fusion.study.runs import Run, read_runs
 from fusion.study.summarise import summarise

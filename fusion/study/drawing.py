@@ -1,4 +1,4 @@
-"""Which figures a study has, each with what it is called and what it shows."""
+"""Figures of a study, with their titles and captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Drawing:
     Attributes:
         stem: of its files.
         title: a few words.
-        caption: what it shows and how to read it.
+        caption: content of the figure and how to read it.
         figure: the figure.
     """
 
@@ -44,7 +44,7 @@ class _Bars:
     note: str = ""
 
 
-_NOISE = " What trains the same tensors differs by the noise of the machine alone."
+_NOISE = " Strategies that train the same tensors differ only by the noise of the machine."
 _AMOUNTS = (
     _Bars("finetuned_accuracy", "Accuracy after fine-tuning", "accuracy (%)", 100, 1),
     _Bars("finetuned_f1", "F1 after fine-tuning", "weighted F1 (%)", 100, 1),
@@ -66,7 +66,7 @@ def drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
         strategies: of :func:`fusion.study.table.strategy_table`.
     """
     for drawing in _drawings(strategies):
-        # Laid out once for the three files that each becomes: most of the time goes there.
+        # Laid out once for its three files, because the layout takes most of the time.
         drawing.figure.draw_without_rendering()
         drawing.figure.set_layout_engine("none")
         yield drawing
@@ -98,7 +98,7 @@ def _drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
     for bars in _AMOUNTS:
         if table[bars.column].notna().any():
             line = None if baseline is None else float(baseline[bars.column])
-            caption = f"A bar for each merge and each choice of what is trained.{bars.note}"
+            caption = f"One bar for each merge and each fine-tuning.{bars.note}"
             yield Drawing(f"study_{bars.column}", bars.title, caption, _bars(table, bars, line))
     if baseline is not None:
         others = table[~is_baseline(table)]
@@ -110,7 +110,7 @@ def _drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
 
 
 def _from_nothing(merges: pd.DataFrame) -> pd.DataFrame:
-    """Let every line begin where nothing is merged: there all interpolations are one."""
+    """Start every line where nothing is merged, where all interpolations are equal."""
     nothing = merges[(merges["share"] == 0) & (merges["series"] == "usual")]
     others = merges.loc[merges["series"] == "usual", "interpolation"].unique()
     copies = [

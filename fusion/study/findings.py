@@ -1,4 +1,4 @@
-"""What a study's numbers say, in sentences that are computed and nothing else."""
+"""Findings of a study: sentences computed from its numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def baseline_row(strategies: pd.DataFrame) -> pd.Series[float] | None:
 def control_accuracy(strategies: pd.DataFrame) -> float | None:
     """Return the accuracy of the unmerged base under the merges' batch-norm treatment.
 
-    None where no run measured it, or different treatments did.
+    None if no run measured it, or runs with different treatments did.
     """
     rows = strategies[strategies["control_accuracy"].notna()]
     if rows.empty or rows["control"].nunique() > 1:
@@ -32,7 +32,7 @@ def control_accuracy(strategies: pd.DataFrame) -> float | None:
 
 
 def findings(strategies: pd.DataFrame) -> list[str]:
-    """Return the study's findings, a sentence or two each."""
+    """Return the study's findings, one or two sentences each."""
     table = strategies.assign(name=merge_names(strategies))
     merged = table[~is_base(table)]
     found = []
@@ -59,7 +59,7 @@ def findings(strategies: pd.DataFrame) -> list[str]:
 
 
 def series(strategies: pd.DataFrame) -> pd.Series[str]:
-    """Return of each row whether it is a usual merge, one of layers at random, or another.
+    """Return the kind of each row: a usual merge, one of layers at random, or another.
 
     Usual are those that differ from each other in interpolation and share alone.
     """
@@ -74,14 +74,14 @@ def series(strategies: pd.DataFrame) -> pd.Series[str]:
 
 
 def _of_chance(table: pd.DataFrame) -> list[str]:
-    """Return how finely the test images can tell two models apart at all."""
+    """Return the resolution of the test images for differences between two models."""
     accuracy, images = table["merged_accuracy"].max(), table["images"].max()
     if math.isnan(accuracy) or math.isnan(images):
         return []
     error = math.sqrt(accuracy * (1 - accuracy) / images)
     return [
         f"On {images:,.0f} test images an accuracy near {_percent(accuracy)} is known to "
-        f"± {100 * error:.1f} points (standard error); what differs by less has not been shown to."
+        f"± {100 * error:.1f} points (standard error); smaller differences are not significant."
     ]
 
 
@@ -98,7 +98,7 @@ def _of_the_clock(table: pd.DataFrame) -> list[str]:
 
 
 def _against_chance(strategies: pd.DataFrame) -> list[str]:
-    """Return what ranking the layers is worth, held against drawing as many at random."""
+    """Return the gain of ranking the layers over drawing as many at random."""
     table = strategies.assign(series=series(strategies))[~is_base(strategies)]
     if not (table["series"] == "random").any():
         return []

@@ -17,7 +17,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: what it shows and which of its values is best.
+    """A column of the table, with its format and the direction of better values.
 
     Attributes:
         figure: of the strategy table.
@@ -50,8 +50,8 @@ class Cell:
     """One shown number.
 
     Attributes:
-        text: as it is shown.
-        value: what it is sorted by; None where there is none.
+        text: the displayed text.
+        value: the sort key; None where there is none.
         best: whether no other row has a better one.
     """
 
@@ -65,9 +65,10 @@ class Line:
     """One row of the shown table.
 
     Attributes:
-        merge: what was merged.
-        finetuning: what was trained.
-        note: what it is the same as, or that it is the baseline.
+        merge: name of the merge.
+        finetuning: name of the fine-tuning.
+        note: equivalent strategies,
+            or a mark of the baseline.
         cells: one for each column.
         baseline: whether it is the baseline.
     """
@@ -85,7 +86,7 @@ def shown_columns(strategies: pd.DataFrame) -> list[Column]:
 
 
 def lines(strategies: pd.DataFrame) -> list[Line]:
-    """Return the rows as they are shown: the baseline first, the others in their order."""
+    """Return the rows in display order: the baseline first, the others in their order."""
     columns = shown_columns(strategies)
     names = merge_names(strategies)
     baseline = is_baseline(strategies)

@@ -1,4 +1,4 @@
-"""Short names of merges and fine-tunings, made from what was chosen."""
+"""Short names of merges and fine-tunings, derived from their options."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TREATED = {"recalibrate": "recalibrated", "merge": "merged", "pretrained": "kep
 
 
 def merge_names(table: pd.DataFrame) -> list[str]:
-    """Return what each row merged: interpolation and share, and whatever departs from the usual.
+    """Return a name for each row's merge: interpolation, share, and unusual options.
 
-    A study so names what it varies, and nothing else; see :func:`departs`.
+    Names contain only what a study varies; see :func:`departs`.
     """
     departing = departs(table)
     bases = is_base(table)
@@ -82,7 +82,7 @@ def _merge_name(row: pd.Series[Any], *, alone: bool) -> str:
     if pd.notna(interpolation):
         parts.append(str(interpolation).upper())
     if pd.notna(share):
-        # A method of somebody else's may mean anything by that option.
+        # A foreign method may use that option with any meaning.
         parts.append(f"{100 * share:g} %" if isinstance(share, Real) else str(share))
     if not parts or not alone:
         method = row["method"] if pd.notna(row["method"]) else row["algorithm"]

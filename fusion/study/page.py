@@ -1,4 +1,4 @@
-"""The study as one page: no network, everything inline, readable on a phone and on paper."""
+"""The study as one self-contained HTML page, readable on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def page(
         runs: all runs, failed ones included.
         strategies: of :func:`fusion.study.table.strategy_table`.
         drawings: the figures.
-        command: what reproduces the study.
+        command: the command that reproduces the study.
     """
     heads = ["merge", "trained", *(column.title for column in shown_columns(strategies)), "note"]
     return string.Template(part("page.html")).substitute(
@@ -70,14 +70,14 @@ def page(
 
 
 def part(name: str) -> str:
-    """Return the text of a template, style or script of this room."""
+    """Return the text of a template, style or script of this package."""
     return files("fusion.study").joinpath(name).read_text(encoding="utf-8").strip()
 
 
 def trouble_element(runs: Sequence[Run]) -> str:
-    """Return what failed or was cut off, so that nobody reads the rest as complete.
+    """Return the runs that failed or were interrupted, so that the rest is not taken for complete.
 
-    Methods that do not apply to a pool are told apart from it.
+    Methods that do not apply to a pool are listed separately.
     """
     told = ""
     missing = sum(run.status in (FAILED, UNFINISHED) for run in runs)

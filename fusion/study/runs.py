@@ -1,4 +1,4 @@
-"""The runs below a folder: those that finished, failed, did not apply, or were cut off."""
+"""The runs below a folder: finished, failed, not applicable or interrupted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fusion.errors import NotApplicableError, UserError
 from fusion.run_folder import ERROR, READY, REPORT, WORKING, recover
 from fusion.run_folder import UNFINISHED as LEFT
 
-_NAMED = 3  # runs that failed of one reason and are named
-# What a report holds, where it holds it; a file that somebody else wrote may say anything.
+_NAMED = 3  # maximum number of runs named for one reason of failure
+# Schema of a report; a file of other origin may hold anything.
 _Plain = str | int | float | None
 _Figure = float | None
 _Metric = float | Mapping[str, Any] | Sequence[Any] | None
@@ -52,12 +52,12 @@ _SHAPE: dict[str, Any] = {
 }
 _ABSENT = object()
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
-NOT_APPLICABLE = "not applicable"  # a method that the pool is no case for: no failure
+NOT_APPLICABLE = "not applicable"  # a method that does not apply to the pool: no failure
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as its folder says.
+    """One run, read from its folder.
 
     Attributes:
         name: the folder, relative to the one that was searched.
@@ -94,12 +94,12 @@ def read_runs(folder: str | Path) -> list[Run]:
 
 
 def troubles(runs: Sequence[Run]) -> list[str]:
-    """Return what failed or was cut off, one sentence for all that failed for one reason."""
+    """Return the failed or interrupted runs, one sentence per reason."""
     return _by_reason(run for run in runs if run.status in (FAILED, UNFINISHED))
 
 
 def not_applicable(runs: Sequence[Run]) -> list[str]:
-    """Return which methods a pool was no case for, one sentence for each reason."""
+    """Return the methods that did not apply to a pool, one sentence per reason."""
     return _by_reason(run for run in runs if run.status == NOT_APPLICABLE)
 
 
@@ -115,7 +115,7 @@ def _by_reason(runs: Iterable[Run]) -> list[str]:
 
 
 def _is_inside_a_run(file: Path) -> bool:
-    """Return whether a file lies in the hidden folder of a run, or among what one left."""
+    """Return whether a file is in the hidden folder of a run, or among the leftovers of one."""
     return any(part.startswith((WORKING, READY)) or part == LEFT for part in file.parts[:-1])
 
 

@@ -1,4 +1,4 @@
-"""From the runs of a sweep to its table, its figures and its page."""
+"""Summarise the runs of a sweep in a table, figures and a page."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ FIGURES = "figures"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep came to.
+    """Summary of a sweep.
 
     Attributes:
-        text: for the terminal: how many runs, the table, what failed, where the files are.
-        files: what was written.
+        text: for the terminal: number of runs, table, failures, location of the files.
+        files: the written files.
         failed: names of the runs that failed.
-        unfinished: names of the runs that were cut off.
+        unfinished: names of the interrupted runs.
     """
 
     text: str
@@ -52,11 +52,11 @@ class Summary:
 def summarise(folder: str | Path) -> Summary:
     """Write ``study.csv``, ``study.md``, the figures and ``index.html`` into a sweep's folder.
 
-    A sweep that holds runs of the benchmark has ``benchmark.csv`` and ``benchmark.md`` instead, and
-    figures and a page of its own.
+    A sweep with runs of the benchmark has ``benchmark.csv`` and ``benchmark.md`` instead, with
+    different figures and a different page.
 
-    Everything comes from the reports of the runs below it; so it can be done at any time, while
-    the sweep still runs or long after.
+    Everything is read from the reports of the runs below it, so that it can be done at any time,
+    while the sweep still runs or long after.
 
     Raises:
         UserError: there is no run in the folder.
@@ -80,7 +80,7 @@ def summarise(folder: str | Path) -> Summary:
 
 
 def _study(folder: Path, runs: Sequence[Run]) -> tuple[list[str], list[Path]]:
-    """Write what any sweep is summarised by; return what to say, and the files."""
+    """Write the summary common to all sweeps; return its text and the files."""
     table = run_table(runs)
     files = [folder / TABLE]
     write_text(folder / TABLE, table.to_csv(index=False))
@@ -107,7 +107,7 @@ def _counts(runs: Sequence[Run]) -> str:
 
 
 def _command(folder: Path, runs: Sequence[Run]) -> str:
-    """Return the command of the sweep, or those of its runs where nobody kept it."""
+    """Return the command of the sweep, or those of its runs if it was not recorded."""
     if (folder / COMMAND).is_file():
         return (folder / COMMAND).read_text(encoding="utf-8").strip()
     commands = [

@@ -1,4 +1,4 @@
-"""One row a run: what was chosen and what came out; and one row a strategy, over its seeds."""
+"""Tables of a study: one row per run, and one row per strategy over its seeds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pandas as pd
 from fusion.study.runs import FINISHED, Run
 
 SEED = "seed"
-NO_MERGE = "DummyAlgorithm"  # the algorithm that hands back the base
+NO_MERGE = "DummyAlgorithm"  # the algorithm that returns the base
 NO_FINETUNING = "none"
 
-# What a run gained and saved against the baseline of its own seed: differences of shares, and
+# Gains and savings of a run relative to the baseline of its own seed: differences of shares, and
 # shares of the baseline's cost that were not needed (negative is more).
 CHANGES = ("accuracy_change", "f1_change", "time_saving", "memory_saving")
 
@@ -46,12 +46,12 @@ _NOTES = ("order", "same_as", "control", "memory", "batch_norm", "aligned")
 
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row for each run, failed ones included.
+    """Return one row per run, including failed ones.
 
-    Columns: ``run``, ``status``, ``error``; what was chosen (``algorithm``, ``method``,
-    ``modelpool``, ``taskpool``, ``strategy`` of fine-tuning, ``seed``, and every option as
+    Columns: ``run``, ``status``, ``error``; the choices (``algorithm``, ``method``, ``modelpool``,
+    ``taskpool``, ``strategy`` of fine-tuning, ``seed``, and every option as
     ``method.<option>`` and ``finetune.<option>``); ``FIGURES`` on the first task; and every task's
-    as ``<task>/merged/accuracy`` and so on. What a run does not have is missing.
+    as ``<task>/merged/accuracy`` and so on. Values that a run does not have are missing.
     """
     rows = [_row(run, order) for order, run in enumerate(runs)]
     table = pd.DataFrame(rows)
@@ -63,7 +63,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def choice_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns that say what was chosen, seeds apart."""
+    """Return the columns of the choices, except seeds."""
     return [
         column
         for column in table.columns
@@ -73,12 +73,12 @@ def choice_columns(table: pd.DataFrame) -> list[str]:
 
 
 def strategy_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each combination of choices: mean over its seeds and standard error.
+    """Return one row per combination of choices: mean over its seeds and standard error.
 
-    Columns: the choices, ``seeds`` (how many), each of ``FIGURES`` (the mean) and
+    Columns: the choices, ``seeds`` (their number), each of ``FIGURES`` (the mean) and
     ``<figure>_error`` (the standard error of the mean; missing for a single seed); ``order``,
-    ``same_as``, ``control``, ``memory``, ``batch_norm`` and ``aligned`` of the first. Runs that
-    did not finish are left out.
+    ``same_as``, ``control``, ``memory``, ``batch_norm`` and ``aligned`` of the first. Runs that did
+    not finish are excluded.
     """
     finished = runs[runs["status"] == FINISHED]
     choices = choice_columns(finished)
@@ -98,12 +98,12 @@ def strategy_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_base(table: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows merged nothing: the base as it is, or with its batch norm treated."""
+    """Return a mask of the rows that merged nothing: the base, also with its batch norm treated."""
     return (table["algorithm"] == NO_MERGE) | (table["merged_layers"] == 0)
 
 
 def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows are the baseline: the base, fine-tuned in full."""
+    """Return a mask of the baseline rows: the base, fine-tuned in full."""
     return (table["algorithm"] == NO_MERGE) & (table["strategy"] == "full")
 
 
@@ -182,7 +182,7 @@ def _evaluation(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alignment(alignment: Any) -> dict[str, Any]:
-    """Return what a merge says of aligning its experts: whether it changed them, and the cycle."""
+    """Return the alignment entries of a merge: whether it changed experts, and the cycle."""
     if not isinstance(alignment, Mapping):
         return {}
     cycles = [

@@ -1,4 +1,4 @@
-"""Which outputs of a network answer a task, decided by classes and never by position."""
+"""The outputs of a network that answer a task, matched by classes and never by position."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Call = Callable[[nn.Module, Tensor], Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """How one network answers one task.
+    """The way in which one network answers one task.
 
     Attributes:
-        networks: the networks whose outputs are looked at.
+        networks: the networks whose outputs are used.
         rule: how several become one row of scores: ``one`` (there is one), ``mean`` (of their
             class probabilities), ``softmax`` or ``raw`` (the classes of all side by side, as
             probabilities within each network's own or as they are).
-        space: the classes of the scores; ``None`` where nobody knows them.
+        space: the classes of the scores; ``None`` where they are unknown.
     """
 
     networks: tuple[nn.Module, ...]
@@ -54,7 +54,7 @@ class Answer:
         return torch.cat(shares, dim=1) - math.log(len(shares))
 
     def columns(self, classes: LabelSpace | None, outputs: int) -> list[int] | None:
-        """Return the score that stands for each class of a task; ``None`` if it has no answer.
+        """Return the index of the score of each class of a task; ``None`` if it has no answer.
 
         Where the classes of the task or of the network are unknown, they are taken to be the same
         if there are equally many.
@@ -67,7 +67,7 @@ class Answer:
 
 
 class Ensemble(nn.Module):
-    """Networks that answer together: the mean of the probabilities of those that know a task.
+    """An ensemble: the mean of the probabilities of the networks that know a task.
 
     Args:
         networks: name → network.
@@ -130,7 +130,7 @@ def answer_of(
             return Answer((knowing[0][1],), "one", space)
         # Members of an ensemble are averaged class by class, so they must list the same classes.
         same = [n for s, n in knowing if s is space or (s and space and s.equals(space))]
-        return Answer(tuple(same), "mean", space) if len(same) > 1 else None  # one is no ensemble
+        return Answer(tuple(same), "mean", space) if len(same) > 1 else None  # else no ensemble
     if knowing:
         log.info("Several heads know the classes of task '%s' and none has its name", task)
         return None

@@ -1,4 +1,4 @@
-"""A pool of tasks: what measures a network."""
+"""Base class of task pools, which measure networks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A network that is measured beside others.
+    """A network that is measured together with others.
 
     Attributes:
-        load: makes the network when its turn comes.
-        labels: the classes of its outputs; a :class:`~fusion.models.MultiTaskNetwork` has its own.
+        load: builds the network when it is needed.
+        labels: the classes of its outputs; a :class:`~fusion.models.MultiTaskNetwork` states its
+            classes itself.
     """
 
     load: Callable[[], nn.Module]
@@ -33,8 +34,8 @@ class BaseTaskPool(ABC):
     """Subclass this, write ``evaluate``, and name the class as a task pool's ``_target_``.
 
     Attributes:
-        evaluate_members: whether a program also evaluates the pool's members, to set them beside
-            the merged model in the report.
+        evaluate_members: whether a program also evaluates the pool's members, so that the report
+            compares them with the merged model.
         fabric: the Lightning Fabric to evaluate under; ``None`` evaluates where the model is.
         progress: whether to show progress bars; ``None`` shows them where there is a terminal.
     """
@@ -45,17 +46,17 @@ class BaseTaskPool(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, *, labels: LabelSpace | None = None) -> dict[str, Any]:
-        """Return task → metric → number for ``model``, which is left as it was.
+        """Return task → metric → number for ``model``, which is not changed.
 
         A subclass that needs no labels may leave the argument out.
 
         Args:
             model: the network to measure.
-            labels: the classes of the model's outputs; ``None`` where nobody knows them.
+            labels: the classes of the model's outputs; ``None`` where they are unknown.
         """
 
     def evaluate_all(self, contestants: Mapping[str, Contestant]) -> dict[str, dict[str, Any]]:
-        """Return name → what :meth:`evaluate` says of each network, one after the other."""
+        """Return name → result of :meth:`evaluate`, one network after the other."""
         takes_labels = "labels" in inspect.signature(self.evaluate).parameters
         found = {}
         for name, contestant in contestants.items():
@@ -67,5 +68,5 @@ class BaseTaskPool(ABC):
         """Check, before any work, that the tasks can be evaluated; nothing by default.
 
         Raises:
-            UserError: says what is wrong and the cure.
+            UserError: a task cannot be evaluated.
         """

@@ -28,21 +28,21 @@ log = logging.getLogger(__name__)
 
 JOINT = "joint"  # the task of telling apart the classes of all tasks
 # Networks that are measured in one pass over the images, at most: photographs are decoded once for
-# all of them, and no more than this is in memory beside the images.
+# all of them, and no more than this is in memory in addition to the images.
 _TOGETHER_BYTES = 2**31
 
 
 class ClassificationTaskPool(BaseTaskPool):
     """Measure classifiers on each of several data sets.
 
-    A task's images and a model's outputs meet at their classes: a model of ten classes is measured
-    on a task of four of them over all its ten outputs (it may answer one of the other six, and is
-    wrong then), a model of four classes only on tasks that ask for no other class, and a model of
-    several heads with the head of the task. Tasks that a model cannot answer are left out of its
-    result.
+    A task's labels and a model's outputs are matched by their classes. A model of ten classes is
+    measured on a task of four of them over all its ten outputs (an answer among the other six is
+    wrong). A model of four classes is measured only on tasks without any other class, and a model
+    of several heads with the head of the task. Tasks that a model cannot answer are omitted from
+    its result.
 
-    Where no two tasks have a class in common, the joint problem is measured too: which class of
-    all tasks is in the image, among the classes of all heads.
+    Where no two tasks have a class in common, the joint problem is measured too: to classify each
+    image among the classes of all tasks and heads.
 
     Args:
         tasks: name → dataset, or a mapping with ``_target_`` that builds one when it is needed.
@@ -52,12 +52,12 @@ class ClassificationTaskPool(BaseTaskPool):
         evaluate_members: whether a program also evaluates the pool's members.
         joint: how the scores of several heads are compared in the joint problem: ``softmax``
             (probabilities within each head's own classes), ``raw`` (logits as they are), or
-            ``None``: not measured.
+            ``None`` (not measured).
         fast_dev_run: measure on one batch only.
         only: names of the tasks that are measured, all by default.
 
     Raises:
-        UserError: an option that has no meaning, or names a task that is not there.
+        UserError: an invalid option, or one that names an unknown task.
     """
 
     preprocessing: Preprocessing | None = None
@@ -121,7 +121,7 @@ class ClassificationTaskPool(BaseTaskPool):
             raise UserError(
                 f"the model answers none of the tasks {', '.join(self._tasks)}: "
                 + (
-                    "nobody knows which classes its outputs stand for (pass labels)"
+                    "the classes of its outputs are unknown (pass labels)"
                     if labels is None
                     else f"each has classes beyond its outputs, which stand for {labels}"
                 )
@@ -129,7 +129,7 @@ class ClassificationTaskPool(BaseTaskPool):
         return results
 
     def evaluate_all(self, contestants: Mapping[str, Contestant]) -> dict[str, dict[str, Any]]:
-        """Return name → what :meth:`evaluate` says of each network; all read the images together.
+        """Return name → result of :meth:`evaluate`; the images are read once for all networks.
 
         A network that answers no task gets an empty result.
         """
@@ -157,7 +157,7 @@ class ClassificationTaskPool(BaseTaskPool):
         everything = joint_space(known) if self.joint and len(known) == len(spaces) > 1 else None
         if everything is not None:
             questions[JOINT] = everything
-        # Of tasks that are no parts of one, only known classes say which of them outputs answer.
+        # For tasks that are not parts of one problem, outputs can be matched only by known classes.
         of_several = len(known) == len(spaces) and not any(
             all(space.covers(other) for other in known) for space in known
         )
@@ -171,7 +171,7 @@ class ClassificationTaskPool(BaseTaskPool):
                     and not isinstance(network, Ensemble | MultiTaskNetwork)
                 ):
                     log.warning(
-                        "Nobody knows the classes of '%s', and the tasks ask for different ones: "
+                        "The classes of '%s' are unknown, and the tasks ask for different ones: "
                         "it is not measured (the pool's option 'classes' names them)",
                         name,
                     )
@@ -201,7 +201,7 @@ class ClassificationTaskPool(BaseTaskPool):
         everything: LabelSpace | None,
         start: int,
     ) -> None:
-        """Show all networks the images of one task.
+        """Evaluate all networks on the images of one task.
 
         Args:
             task: its name.
@@ -261,7 +261,7 @@ class ClassificationTaskPool(BaseTaskPool):
 
 
 def _once(call: Call, tasks: MultiTaskNetwork | None) -> Call:
-    """Return ``call`` that runs nothing twice on the same images.
+    """Return ``call`` with results cached for the same images.
 
     Args:
         call: runs a network.

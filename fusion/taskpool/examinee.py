@@ -1,4 +1,4 @@
-"""One network that is measured: how it answers each task, and how well."""
+"""A network under evaluation: its answers to each task and their scores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _BINS = 15  # of confidence, for the calibration error, as in Guo et al. (2017)
 
 
 class Tally:
-    """Counts the answers of one network on one task.
+    """Counter of the answers of one network on one task.
 
     Args:
-        columns: the score that stands for each class of the task.
-        outputs: how many scores there are.
+        columns: index of the score of each class of the task.
+        outputs: number of scores.
         classes: the task's classes.
         device: where the scores are.
     """
@@ -76,13 +76,13 @@ class Tally:
 
 
 class Examinee:
-    """One network that is measured: how it answers each question, and how well.
+    """A network under evaluation: its answers to each question and their scores.
 
     Args:
-        name: what the log calls it.
-        device: where it is.
-        answers: question → how it is answered; ``None`` where it cannot be.
-        tasks: the network, where it has several tasks whose outputs are best computed together.
+        name: its name in the log.
+        device: its device.
+        answers: question → answer; ``None`` where the network has none.
+        tasks: the network, if it has several tasks whose outputs are best computed together.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Examinee:
     def answer(
         self, question: str, classes: LabelSpace, images: Tensor, targets: Tensor, call: Call
     ) -> None:
-        """Answer a question on a batch of images, and count.
+        """Answer a question on a batch of images and count the results.
 
         Args:
             question: a task, or the joint problem.
@@ -130,7 +130,7 @@ class Examinee:
                 return
             if answer.space is None:
                 log.warning(
-                    "Nobody knows the classes of '%s': its outputs are taken to be the %d classes "
+                    "The classes of '%s' are unknown: its outputs are taken to be the %d classes "
                     "of task '%s', in their order (the pool's option 'classes' says otherwise)",
                     self.name,
                     len(columns),

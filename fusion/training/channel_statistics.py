@@ -44,8 +44,8 @@ def channel_statistics(
 ) -> dict[str, ChannelStatistics]:
     """Return the statistics of every pre-activation that `repair` looks at, in one pass.
 
-    What `repair` asks of a member: measured once, it serves any number of repaired networks, as
-    long as these are repaired with the same options.
+    These are the statistics of a member that `repair` needs. Measured once, they serve any number
+    of repaired networks, as long as these are repaired with the same options.
 
     Args:
         model: the network; it runs in eval mode and is not changed.
@@ -119,10 +119,11 @@ def repair_sample(
 
 
 def pre_activations(model: nn.Module, example_input: Tensor | None = None) -> list[str]:
-    """Return the modules whose outputs are repaired: norms, and layers that no norm follows.
+    """Return the modules whose outputs are repaired: norms, and layers not followed by a norm.
 
-    Every batch norm with running statistics, and every convolution and linear layer that none
-    follows; never the last layer, which gives the class scores, nor one that does not run.
+    These are every batch norm with running statistics, and every convolution and linear layer that
+    no such norm follows. The last layer, which computes the class scores, is excluded, and so are
+    modules that do not run.
 
     Args:
         model: the network.
@@ -150,10 +151,10 @@ def measure_channels(
 
     Args:
         model: the network.
-        calls: name of a module → how often it runs in a pass, which ends with the last of the
+        calls: name of a module → number of its runs in a pass. A pass stops after the last of these
             calls; where a number is None, passes run to their end.
         sample: batches of images.
-        inputs: whether to look at what comes in instead of what goes out.
+        inputs: whether to measure the inputs of the modules instead of their outputs.
     """
     modules = {name: model.get_submodule(name) for name in calls}
     moments = {name: ChannelMoments(module) for name, module in modules.items()}
@@ -182,7 +183,7 @@ def measure_channels(
 
 
 def look(model: nn.Module, pictures: Tensor) -> None:
-    """Run ``model`` on a batch, for what its hooks see of it."""
+    """Run ``model`` on a batch for the sake of its hooks; the output is discarded."""
     model(pictures.to(image_dtype(model)))
 
 
@@ -194,7 +195,7 @@ class ChannelMoments:
     """Mean and sum of squared deviations, joined batch by batch (Chan et al., 1979).
 
     Args:
-        module: whose inputs or outputs are added; it tells which axis holds the channels.
+        module: whose inputs or outputs are added; its type determines the axis of the channels.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -207,8 +208,8 @@ class ChannelMoments:
         """Add a batch of activations."""
         wide = values.to(working_dtype([values])).movedim(self.axis, 0).flatten(1)
         n = wide.shape[1]
-        # Sums are vectorised, `torch.var_mean` on a CPU is not: it takes ten times as long. What
-        # the first mean lacks through rounding is the mean of the differences from it.
+        # Sums are vectorised, `torch.var_mean` on a CPU is not: it takes ten times as long. The
+        # rounding error of the first mean is the mean of the differences from it.
         centre = wide.mean(1, keepdim=True)
         wide = wide - centre
         rest = wide.mean(1).double()

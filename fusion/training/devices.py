@@ -1,4 +1,4 @@
-"""Lightning Fabric from options: devices, precision, processes; refused before it waits."""
+"""Build Lightning Fabric from options (devices, precision, processes), checked before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Precision = Literal[
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 
 FABRIC = "lightning.fabric.Fabric"
-# What tells Fabric where the other machines are: of PyTorch, SLURM, LSF, MPI.
+# Environment variables in which Fabric finds the other machines: PyTorch, SLURM, LSF, MPI.
 _CLUSTERS = ("MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -34,7 +34,7 @@ def make_fabric(options: Mapping[str, Any], *, target: str = FABRIC, prefix: str
 
     Raises:
         UserError: an option is wrong, the machine has no such devices, or several machines are
-            asked for and nothing says where they are, which Fabric would wait for for ever.
+            requested but no launcher says where they are; Fabric would wait for them forever.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -57,7 +57,7 @@ def make_fabric(options: Mapping[str, Any], *, target: str = FABRIC, prefix: str
 
 
 def check_loggers(loggers: Any, option: str = "fabric.loggers") -> None:
-    """Check, before any work, that loggers can be built; none is.
+    """Check, before any work, that loggers can be built, without building them.
 
     Args:
         loggers: a mapping with ``_target_``, a list of such, or nothing; or loggers themselves.

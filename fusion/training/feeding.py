@@ -1,4 +1,4 @@
-"""What a training step is fed: a batch of one data set, or one of each task."""
+"""Inputs of a training step: a batch of one data set, or one batch per task."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Feed:
-    """Makes the steps of every pass.
+    """Generator of the steps of every pass.
 
-    Of several tasks each step has equally many images; a pass ends when the largest data set has
-    been seen, and smaller ones begin again.
+    With several tasks, each step has the same number of images of each task. A pass ends when the
+    largest data set has been seen; smaller data sets are repeated.
 
     Attributes:
         data: one data set, or several by task.
         batch_size: images per step, over all tasks and processes together.
         max_batches: steps per pass, at most.
-        device: where the images are wanted.
+        device: device of the yielded images.
         seed: of order and augmentation.
         augment: apply the data sets' own augmentation.
         rank: number of this process.
@@ -60,13 +60,13 @@ class Feed:
 
     @property
     def steps(self) -> int:
-        """How many steps a pass has."""
+        """Number of steps in a pass."""
         if not isinstance(self.data, Mapping):
             return self._number_of_batches(self.data, self.batch_size)
         return max(self._number_of_batches(d, self._share) for d in self.data.values())
 
     def epoch(self, number: int) -> Iterator[list[Part]]:
-        """Yield the steps of pass ``number``: one part for each task."""
+        """Yield the steps of pass ``number``, with one part per task."""
         if not isinstance(self.data, Mapping):
             own = seed_from(self.seed, "epoch", number)
             for images, labels in self._batches(self.data, self.batch_size, own):

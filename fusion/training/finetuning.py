@@ -1,4 +1,4 @@
-"""Train a finished network a little more: its head, the layers that were merged, or all of it."""
+"""Fine-tune a network: its head, the layers that were merged, or all of it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A fine-tuned network and what it cost.
+    """A fine-tuned network and the cost of its training.
 
     Attributes:
         model: the network.
         strategy: what was trained.
-        same_as: strategies that would have trained the very same tensors: ``full`` beside
+        same_as: strategies that would have trained exactly the same tensors: ``full`` for
             ``selective`` where every layer was merged, ``head`` where none was.
         trained_layers: names of the trained layers, in the order of the forward pass.
         trained_parameters: how many numbers were trained.
@@ -58,7 +58,7 @@ class FineTuned:
     cost: Measurement
 
     def report(self) -> dict[str, Any]:
-        """Return everything but the network as plain values."""
+        """Return everything except the network as plain values."""
         return {
             "strategy": self.strategy,
             "same_as": list(self.same_as),
@@ -74,25 +74,25 @@ class FineTuned:
 
 
 class FineTuning:
-    """How a network is fine-tuned.
+    """Options of fine-tuning.
 
     Args:
-        strategy: ``head`` (the last layer of each output), ``selective`` (the layers that
-            were merged, and the head), ``full`` (everything). Whatever is not trained keeps its
-            batch-norm statistics too.
+        strategy: ``head`` (the last layer of each output), ``selective`` (the layers that were
+            merged, and the head), ``full`` (everything). Layers that are not trained also keep
+            their batch-norm statistics.
         epochs: passes over the images.
         lr: the highest learning rate.
-        weight_decay: AdamW's.
-        batch_size: images a step.
-        schedule: how the learning rate moves: ``one_cycle``, ``cosine``, ``constant``.
+        weight_decay: weight decay of AdamW.
+        batch_size: images per step.
+        schedule: learning-rate schedule: ``one_cycle``, ``cosine``, ``constant``.
         augment: apply the data set's own augmentation.
-        images: how many training images, drawn at random and fairly among the classes; None for
-            all of them.
+        images: number of training images, drawn at random with equal counts per class; None for all
+            of them.
         seed: of the draw, the order and dropout.
         fast_dev_run: one pass of one batch.
 
     Raises:
-        UserError: an option that has no meaning.
+        UserError: an invalid option.
     """
 
     @checked
@@ -140,7 +140,7 @@ class FineTuning:
                 :class:`~fusion.models.MultiTaskNetwork`.
             merged: names of the layers that were merged, for ``selective``.
             head: tensors of the head; by default the last layer of each output.
-            fabric: where to train; by default the best device there is.
+            fabric: where to train; by default the best available device.
 
         Raises:
             UserError: the images cannot be drawn, or training fails.
@@ -198,7 +198,7 @@ def _tensors(
     trained = set(head)
     if strategy == "selective":
         owned: Mapping[str, tuple[str, ...]] = {
-            # Under the notebook's scoring a norm is a layer of its own, named by its module.
+            # Under the notebook's scoring a norm is a separate layer, named by its module.
             **{norm: _within(layer, norm) for layer in layers for norm in layer.norms},
             **{layer.name: layer.tensors for layer in layers},
         }

@@ -53,12 +53,12 @@ def fit(
     progress: bool = True,
     label: str = "training",
 ) -> History:
-    """Train ``model`` in place on the cross-entropy; its values alone are changed.
+    """Train ``model`` in place on the cross-entropy; only its values are changed.
 
-    The same call on the same machine gives the same bits: order, augmentation and dropout come
-    from ``seed``, and torch's global generator is neither used nor disturbed. Modes, device,
-    types, memory format and ``requires_grad`` are restored. A last batch that is not full is left
-    out of each pass (other images each time), for batch norm's sake.
+    The same call on the same machine gives the same bits: order, augmentation and dropout come from
+    ``seed``, and torch's global generator is neither used nor disturbed. Modes, device, types,
+    memory format and ``requires_grad`` are restored. An incomplete last batch is dropped from each
+    pass (different images each time), for the sake of batch norm.
 
     Args:
         model: takes images (N, C, H, W), returns logits (N, classes); with data of several tasks
@@ -69,30 +69,30 @@ def fit(
         val: images to score after every pass, in the network's evaluation mode.
         epochs: passes over the data.
         lr: the highest learning rate.
-        weight_decay: the optimizer's: of AdamW relative to the learning rate, of SGD added to the
+        weight_decay: weight decay, of AdamW relative to the learning rate, of SGD added to the
             gradient.
         optimizer: ``adamw``, or ``sgd`` with a momentum of 0.9.
-        batch_size: images a step, over all processes together.
-        schedule: how the learning rate moves; see :mod:`fusion.training.schedule`.
+        batch_size: images per step, over all processes together.
+        schedule: learning-rate schedule; see :mod:`fusion.training.schedule`.
         augment: apply the data set's own augmentation.
-        trainable: names of the tensors or modules to train; the others are frozen whole, see
+        trainable: names of the tensors or modules to train; the others are frozen completely, see
             :func:`~fusion.training.freeze`. By default every parameter that requires a gradient.
-        channels_last: keep pixels, not channels, apart in memory while training.
+        channels_last: train in the ``channels_last`` memory format.
         compile: compile the network first (pays off in long runs; needs a C++ compiler on a CPU).
-        max_batches: steps a pass, at most.
-        seed: of everything random.
+        max_batches: maximum number of steps per pass.
+        seed: seed of all random choices.
         fabric: device, precision and processes; launched already if it has several. By default
-            one device, the best there is, in full precision. Mixed precision trains float32
+            the best available single device in full precision. Mixed precision trains float32
             weights; Fabric's "true" half precisions round all of them, the frozen ones too.
         progress: show a progress bar where there is a terminal.
-        label: what the progress bar calls this run.
+        label: name of this run in the progress bar.
 
     Returns:
         The scores and the time of every pass.
 
     Raises:
-        UserError: an impossible option, labels that the network has no output for, or a loss
-            that is no longer finite.
+        UserError: an invalid option, labels without an output of the network, or a loss that is no
+            longer finite.
     """
     fabric = fabric or _default_fabric()
     feed = Feed(
@@ -208,7 +208,7 @@ def _check_outputs(logits: Tensor, data: TrainingData, task: str | None) -> None
 
 @contextmanager
 def _own_random_numbers(fabric: Fabric, seed: int) -> Iterator[None]:
-    """Seed what dropout draws from, choose repeatable convolutions, and undo both afterwards."""
+    """Seed dropout, select deterministic convolutions, and undo both afterwards."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     on_gpu = fabric.device.type == "cuda"
@@ -225,7 +225,7 @@ def _own_random_numbers(fabric: Fabric, seed: int) -> Iterator[None]:
 
 
 def _agree_on_buffers(fabric: Fabric, model: nn.Module) -> None:
-    """Give every process the running statistics of the first: each saw other images."""
+    """Copy the running statistics of the first process to all others: each saw different images."""
     if fabric.world_size > 1:
         theirs = fabric.broadcast([buffer.cpu() for buffer in model.buffers()])
         for buffer, value in zip(model.buffers(), theirs, strict=True):

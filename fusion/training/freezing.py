@@ -1,4 +1,4 @@
-"""Train some layers of a network and leave the others exactly as they are."""
+"""Freeze layers of a network: train some of them and leave the others unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusion.errors import UserError, suggestion
 
 @dataclass(frozen=True)
 class Frozen:
-    """What :func:`freeze` did to a network.
+    """Result of :func:`freeze`.
 
     Attributes:
         model: the network.
@@ -27,7 +27,7 @@ class Frozen:
     norms: tuple[nn.Module, ...]
 
     def train(self) -> None:
-        """Set the network to training, and the frozen normalisations to use what they have."""
+        """Set the network to training mode, except for the frozen normalisations."""
         self.model.train()
         for norm in self.norms:
             norm.eval()
@@ -35,13 +35,14 @@ class Frozen:
 
 @contextmanager
 def freeze(model: nn.Module, trainable: Iterable[str]) -> Iterator[Frozen]:
-    """Let only ``trainable`` change while the block runs; ``requires_grad`` is restored after it.
+    """Make only ``trainable`` trainable within the block; ``requires_grad`` is restored after it.
 
-    A frozen batch norm is frozen whole: in training it would still collect running statistics
-    and normalise by the batch, so use :meth:`Frozen.train` in place of ``model.train()``.
+    A frozen batch norm is frozen completely: in training mode it would still collect running
+    statistics and normalise by the batch, so use :meth:`Frozen.train` in place of
+    ``model.train()``.
 
     Args:
-        model: the network; changed in place and changed back.
+        model: the network; changed in place and restored afterwards.
         trainable: names of tensors of the state dict (a norm is trained if any of its tensors
             is named), or of modules, which stand for all tensors inside.
 

@@ -1,4 +1,4 @@
-"""Fit the head of a network anew on labelled images: how good its features are."""
+"""Refit the head of a network on labelled images, as a measure of its features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PASSES = 300  # of L-BFGS, at most
 def head_features(
     model: nn.Module, head: str, dataset: Dataset[Any], *, batch_size: int = 500
 ) -> Tensor:
-    """Return what enters the head of a network for every image, (n, features), on the CPU.
+    """Return the inputs of a network's head for all images, (n, features), on the CPU.
 
     Args:
         model: the network; it is not changed.
@@ -94,7 +94,7 @@ def _linear_layer(model: nn.Module, head: Sequence[str]) -> str:
     name = next(iter(layers))
     if len(layers) > 1 or not isinstance(model.get_submodule(name), nn.Linear):
         raise UserError(
-            f"the head {', '.join(head)} is not one linear layer; only such a head is fitted anew"
+            f"the head {', '.join(head)} is not one linear layer; only such a head can be refitted"
         )
     return name
 

@@ -1,4 +1,4 @@
-"""What a training run went through."""
+"""Scores and times of a training run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Scores:
 
     Attributes:
         loss: cross-entropy in nats.
-        accuracy: share of images classified rightly, 0 to 1.
+        accuracy: share of images classified correctly, 0 to 1.
         f1: F1 score of each class weighted by its number of images, 0 to 1.
     """
 
@@ -22,7 +22,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images.
+    """Scores of one pass over the training images.
 
     Attributes:
         train: scores of the batches as they were trained on, augmentation and dropout included.
@@ -40,8 +40,8 @@ class History:
     """A whole training run.
 
     Attributes:
-        epochs: one entry a pass.
-        trained_parameters: how many numbers were trained.
+        epochs: one entry per pass.
+        trained_parameters: number of trained parameters.
     """
 
     epochs: tuple[Epoch, ...]

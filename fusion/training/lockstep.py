@@ -1,4 +1,4 @@
-"""Forward passes over several batches that wait for each other at chosen places."""
+"""Forward passes over several batches, synchronised at chosen modules."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fusion.training.channel_statistics import Enough, look
 class Lockstep:
     """Runs a network over all batches together, from stop to stop.
 
-    A forward pass is ordinary Python, which cannot be left and entered again; so each batch runs in
-    a thread of its own, and only one thread runs at any time, in the order of the batches: what is
-    computed does not depend on the scheduler. Between two stops the network may be changed. The
-    activations that every batch needs to go on are held meanwhile.
+    A forward pass is ordinary Python, which cannot be suspended and resumed. Therefore each batch
+    runs in a separate thread, and only one thread runs at any time, in the order of the batches, so
+    that results do not depend on the scheduler. Between two stops the network may be changed. The
+    activations that each batch needs to continue are kept in memory meanwhile.
 
     Args:
         model: the network, without gradients.
@@ -41,13 +41,13 @@ class Lockstep:
             one.end()
 
     def advance(self) -> None:
-        """Let every batch run to its next stop, or to the end."""
+        """Run every batch to its next stop, or to the end."""
         for one in self._passes:
             self._running = one
             one.advance()
 
     def stop(self) -> None:
-        """Halt the pass that is running until the next `advance`; for its hooks."""
+        """Halt the running pass until the next `advance`; called by its hooks."""
         assert self._running is not None
         self._running.halt()
 
@@ -82,7 +82,7 @@ class _Pass:
             raise Enough
 
     def end(self) -> None:
-        """Leave the pass where it stands."""
+        """Abort the pass at its present stop."""
         self._abandoned = True
         self._go.release()
         if self._thread.ident is not None:

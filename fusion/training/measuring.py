@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a piece of work, on a GPU or in the process's own memory."""
+"""Wall time and peak memory of a block of code, on a GPU or of the process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _KIB = 1024
 
 
 class Measurement:
-    """What :func:`measure` found; complete when its block has ended.
+    """Result of :func:`measure`; complete when its block has ended.
 
     Attributes:
         seconds: wall time.
-        peak_bytes: the most memory in use above the level at the start; None where the system
-            does not tell (on a CPU, anything but Linux).
+        peak_bytes: peak memory above the level at the start; None where the system does not report
+            it (on a CPU, systems other than Linux).
         memory: what was measured: ``"device"``, ``"rss"``, or None.
     """
 
@@ -37,10 +37,10 @@ class Measurement:
 def measure(device: torch.device | str = "cpu") -> Iterator[Measurement]:
     """Measure the time and memory of the block.
 
-    On a GPU: the peak of the memory that torch has allocated on ``device``. On a CPU: the peak
-    of the process's resident set, kept by the kernel itself, so no short peak is missed. Memory
-    freed before the block is given back to the system first; what the allocator nevertheless
-    keeps can hide a part of the need of the block, never add to it.
+    On a GPU: the peak of the memory that torch has allocated on ``device``. On a CPU: the peak of
+    the process's resident set, kept by the kernel itself, so no short peak is missed. Memory freed
+    before the block is first returned to the system. Memory that the allocator nevertheless keeps
+    can hide a part of the block's consumption, but never increases it.
     """
     device = torch.device(device)
     result = Measurement()

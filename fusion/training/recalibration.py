@@ -1,4 +1,4 @@
-"""Batch-norm statistics computed anew: what a network needs after its weights were merged."""
+"""Recompute batch-norm statistics, which a network needs after its weights were merged."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def recalibrate_batch_norm(
 ) -> int:
     """Replace every running mean and variance by the average over a sample; in place.
 
-    The sample is drawn at random, whatever the order of the data: folders come sorted by class,
-    and the statistics of two classes ruin a network for the other eight. Each batch is
-    normalised by its own statistics and counts by its number of images; a batch norm that runs
-    several times in a pass counts every call. Where batches differ in the size of their images,
-    which then come from different data sets, the variance between their means is added. Everything
-    else is as in evaluation (no dropout), and modes and momenta are restored.
+    The sample is drawn at random because image folders are sorted by class, and the statistics of
+    two classes ruin a network for the other eight. Each batch is normalised by its own statistics
+    and counts by its number of images; a batch norm that runs several times in a pass counts every
+    call. Where batches differ in the size of their images, which then come from different data
+    sets, the variance between their means is added. All other modules are in evaluation mode (no
+    dropout). Modes and momenta are restored.
 
     Source: the cumulative average is that of stochastic weight averaging (Izmailov et al., 2018),
     used on merged networks by REPAIR (Jordan et al., 2023).
 
     Args:
-        model: the network; one without batch norm is left alone.
+        model: the network; one without batch norm is not changed.
         data: training images: a data set, or several by name, of which equally many are drawn.
         images: size of the sample; all images if there are fewer.
         batch_size: larger batches give statistics nearer to those of the whole sample.
@@ -100,7 +100,7 @@ def recalibrate_batch_norm(
 
 
 class _Average:
-    """What one batch norm has seen: the number of images over all its calls, and their means."""
+    """Record of one batch norm: the number of images over all its calls, and their means."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -112,7 +112,7 @@ class _Average:
         norm.momentum = len(arguments[0]) / self.images
 
     def after(self, norm: _NormBase, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        """Note the mean of the call's input, (C,)."""
+        """Record the mean of the call's input, (C,)."""
         del norm, output
         values = arguments[0]
         mean = values.transpose(0, 1).flatten(1).to(working_dtype([values])).mean(1)
@@ -132,7 +132,7 @@ class _Average:
 def _averaging(
     norms: list[_NormBase], *, note_means: bool
 ) -> Iterator[Mapping[_NormBase, _Average]]:
-    """Let batch norms average their statistics over all calls; momenta are restored."""
+    """Make batch norms average their statistics over all calls; momenta are restored."""
     momenta = [norm.momentum for norm in norms]
     averages = {norm: _Average() for norm in norms}
     handles = []

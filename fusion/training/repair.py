@@ -1,4 +1,4 @@
-"""Give the channels of a merged network the statistics that its members' channels have (REPAIR)."""
+"""REPAIR: restore the channel statistics of a merged network from those of its members."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def repair(
     Averaging networks shrinks the variance of their activations, layer after layer. For each
     pre-activation, in the order of the forward pass, the merged network's mean and standard
     deviation are measured and brought to Σw·mean and Σw·deviation of the members', by a factor and
-    a shift that are folded into the weights: where a batch norm follows, its running statistics
-    become those of its input and its scale and shift the interpolated deviation and mean; else
-    weight and bias of the convolution or linear layer are rescaled. Each layer is measured after
-    all before it were repaired, on the same images, so the law holds exactly at every layer that
-    runs once, for any batch size. A layer that runs several times in a pass is measured over all
-    its calls and repaired once, which changes what its later calls are given. The last layer, whose
-    outputs are the class scores, is left alone.
+    a shift that are folded into the weights. Where a batch norm follows, its running statistics
+    become those of its input, and its scale and shift become the interpolated deviation and mean.
+    Otherwise the weight and bias of the convolution or linear layer are rescaled. Each layer is
+    measured on the same images after all preceding layers were repaired, so the law holds exactly
+    at every layer that runs once, for any batch size. A layer that runs several times in a pass is
+    measured over all its calls and repaired once, which changes the inputs of its later calls. The
+    last layer, whose outputs are the class scores, is not repaired.
 
     It takes one pass of each member, and one of the merged network, in which all batches wait at
-    each layer until it is repaired. Where what they hold meanwhile would exceed ``held_bytes``
-    (the first layers, for photographs), a layer takes a pass of its own, up to that layer; so does
-    a layer that runs several times.
+    each layer until it is repaired. Where the activations held meanwhile would exceed
+    ``held_bytes`` (the first layers, for photographs), a layer takes a separate pass up to that
+    layer. The same applies to a layer that runs several times.
 
     Without a bias only the deviation can be repaired, and without scale and shift a batch norm is
     only recalibrated. A channel that does not vary in the merged network only gets the mean.
@@ -72,23 +72,23 @@ def repair(
 
     Args:
         model: the merged network; its weights, biases and batch norms are changed.
-        members: the networks it was merged from, aligned, which are not changed; or what
-            `channel_statistics` found of them with the same data, images, batch size and seed.
+        members: the networks it was merged from, aligned, which are not changed; or their results
+            of `channel_statistics` with the same data, images, batch size and seed.
         data: training images: a data set, or several by name, of which equally many are drawn.
         weights: of the members; only their ratios count. Equal ones by default.
         images: size of the sample, drawn at random; all images if there are fewer.
         batch_size: images per forward pass.
         seed: of the draw.
         device: where to compute; by default where the network is.
-        held_bytes: the most memory that the activations of waiting batches may take. It has no
-            influence on the result.
+        held_bytes: memory limit for the activations of waiting batches. It does not affect the
+            result.
 
     Returns:
         The number of layers that were repaired.
 
     Raises:
-        UserError: no member, one of another architecture, weights that are no shares, or a sample
-            of less than two images.
+        UserError: no member, a member of another architecture, invalid weights, or a sample of
+            fewer than two images.
     """
     shares = _shares(weights, len(members))
     options: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed}
@@ -124,7 +124,7 @@ class _Site:
 
     Attributes:
         calls: how often it runs in a pass.
-        held: bytes per image of what a pass that stops there holds.
+        held: bytes per image that a pass stopped there keeps in memory.
     """
 
     calls: int = 0
@@ -206,7 +206,7 @@ def _goals(
 
 
 def _size(sample: Sample) -> int:
-    """Return how many images the sample has, at most."""
+    """Return the maximum number of images in the sample."""
     data = sample.data
     parts = list(data.values()) if isinstance(data, Mapping) else [data]
     lengths = [len(part) for part in parts if isinstance(part, Sized)]
@@ -222,7 +222,7 @@ def _repair_module(module: nn.Module, found: ChannelStatistics, goal: ChannelSta
 
 
 def _repair_norm(norm: _BatchNorm, found: ChannelStatistics, goal: ChannelStatistics) -> None:
-    """Normalise by what comes in; scale and shift to the goal.
+    """Normalise by the statistics of the input; scale and shift to the goal.
 
     Args:
         norm: the batch norm.

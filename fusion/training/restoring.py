@@ -1,4 +1,4 @@
-"""Give a module back as it came: modes, device, types and memory format."""
+"""Restore module modes, device, dtypes and memory format."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards put ``model`` back where and how it was; its values stay as the block left them.
+    """Restore ``model`` after the block; its values stay as the block left them.
 
-    Restored are the train or eval mode of every module, and of every parameter and buffer the
-    device, the floating-point type and the memory format.
+    The train or eval mode of every module is restored, and the device, floating-point dtype and
+    memory format of every parameter and buffer.
     """
     modes = [(module, module.training) for module in model.modules()]
     layouts = [
@@ -34,7 +34,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ready(model: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Have ``model`` in eval mode on ``device``; restore modes, device, types and format after."""
+    """Set ``model`` to eval mode on ``device`` within the block; restore its state afterwards."""
     with restored(model):
         model.to(device)
         model.eval()

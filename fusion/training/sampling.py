@@ -1,4 +1,4 @@
-"""A random sample of images to measure a network on, and what is too little for a variance."""
+"""Random samples of images to measure a network on, and checks of their size."""
 
 from __future__ import annotations
 
@@ -49,15 +49,16 @@ def sample_images(
 ) -> Iterator[Tensor]:
     """Yield batches of images drawn at random, without their labels.
 
-    From several data sets equally many images are drawn, and every batch holds some of each;
-    where their images differ in size, each batch comes in parts of one size.
+    The same number of images is drawn from each of several data sets, and every batch holds some of
+    each. Where their images differ in size, each batch is yielded in parts of one size.
 
     Args:
         data: where they are drawn from: a data set, or name → data set.
         images: how many, at most.
         batch_size: of each batch; the last may be smaller.
-        seed: of the draw; each of several data sets has a seed of its own, made from its name.
-        device: where they are wanted.
+        seed: seed of the draw; each of several data sets has a separate seed, derived from its
+            name.
+        device: device of the yielded images.
     """
     if not isinstance(data, Mapping):
         for pictures, _ in batches(

@@ -1,4 +1,4 @@
-"""Loss, accuracy and F1 of many batches, gathered without waiting for the device."""
+"""Loss, accuracy and F1 over many batches, accumulated without synchronising the device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fusion.training.history import Scores
 
 
 class Scorer:
-    """Collects the batches of one pass; with several processes, of all of them together.
+    """Accumulator of the scores of one pass, over all processes together.
 
     Args:
-        processes: how many take part. One alone must not wait for others, which there may be:
-            a member of a pool is trained by one process of a run while the rest wait for it.
+        processes: number of participating processes. A single one must not wait for others that may
+            exist: a member of a pool is trained by one process of a run while the rest wait for it.
     """
 
     def __init__(self, *, processes: int = 1) -> None:
@@ -39,7 +39,7 @@ class Scorer:
 
     def compute(self, num_classes: int) -> Scores:
         """Return the scores of everything added; every process must take part."""
-        # One update a pass: for small networks an update a batch costs more than the batch.
+        # One update per pass: for small networks an update per batch costs more than the batch.
         from torchmetrics import MeanMetric
         from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 

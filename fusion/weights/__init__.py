@@ -1,6 +1,6 @@
 """Kernels on tensors and state dicts: arithmetic, interpolation, TIES, streaming over checkpoints.
 
-Everything here is plain torch: it knows no models, no pools and no configuration.
+Everything here is plain torch, independent of models, pools and configuration.
 """
 
 from fusion.weights.finite import is_finite

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: told apart before a reader of weights stumbles over it."""
+"""Detection of file kinds by their first bytes, for clear errors before weights are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from fusion.errors import shown
 
-_HEAD = 512  # bytes that are looked at; a tar archive says so at byte 257
+_HEAD = 512  # bytes that are examined; the mark of a tar archive is at byte 257
 _PICKLE_PROTOCOLS = b"\x02\x03\x04\x05"
 
 _STARTS: tuple[tuple[bytes, str], ...] = (
@@ -39,13 +39,13 @@ _ONNX_VERSIONS = 0x20
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is.
+    """The kind of a file.
 
     Attributes:
         name: ``"safetensors"``, ``"torch"`` for what ``torch.save`` writes, or ``"other"``.
         mappable: whether its tensors lie in the file as they are in memory: in a zip archive
             without compression, as ``torch.save`` writes since torch 1.6.
-        what: for anything else a clause that says what it is and, where there is one, the cure.
+        what: for anything else, a clause that describes it and, if there is one, the remedy.
     """
 
     name: Literal["safetensors", "torch", "other"]
@@ -54,7 +54,7 @@ class FileKind:
 
 
 def recognise(path: Path) -> FileKind:
-    """Say what the file at ``path`` is. Only its first bytes and a zip's directory are read."""
+    """Return the kind of the file at ``path``, from its first bytes and a zip's directory."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     for start, what in _STARTS:
@@ -102,4 +102,4 @@ def _unlike_weights(head: bytes) -> str:
         return "it is an ONNX model; give the state dict of the PyTorch network"
     if head.isascii() and head.decode("ascii").replace("\n", "").replace("\t", "").isprintable():
         return "it is a text file"
-    return "its content is none that torch.save or safetensors write; write or download it again"
+    return "its content is not that of torch.save or safetensors; write or download it again"

@@ -1,4 +1,4 @@
-"""Whether a tensor is finite, at the speed at which it is read."""
+"""Fast check that a tensor is finite."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fusion.weights.precision import working_dtype
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no entry is NaN or infinite; integers never are.
 
-    The smallest and the largest entry say it. ``isfinite`` writes a tensor of truth values, and
-    takes several times as long.
+    The check uses the smallest and the largest entry: ``isfinite`` writes a tensor of truth values
+    and takes several times as long.
 
     Example::
 

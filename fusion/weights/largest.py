@@ -1,4 +1,4 @@
-"""The k-th largest of very many numbers, exact, without ever sorting or keeping them."""
+"""Exact k-th largest of very many numbers, without sorting or storing them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17  # numbers that are looked at together: their keys stay in the cache
+CHUNK = 1 << 17  # numbers that are processed together: their keys stay in the cache
 # Widths of the digits of the bits below the sign, largest first: each has one counter per value.
 DIGITS = {torch.float32: (15, 16), torch.float64: (17, 17, 15, 14)}
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -20,7 +20,7 @@ def kth_largest(blocks: Callable[[], Iterable[Tensor]], density: float) -> list[
 
     With m numbers in a row it is the k-th largest, k = ceil(density · m), found digit by digit as
     in a radix sort from the top: one walk through the blocks counts how often each value of a digit
-    occurs, which says what the digit of the k-th largest is. Non-negative IEEE floats are ordered
+    occurs, which determines the digit of the k-th largest. Non-negative IEEE floats are ordered
     as the integers that their bits spell, so the result is exact.
 
     Args:

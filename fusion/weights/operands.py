@@ -1,4 +1,4 @@
-"""What every kernel asks of its operands: one shape, a floating dtype, honest weights."""
+"""Checks of the operands of every kernel: one shape, a floating dtype, valid weights."""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ from fusion.errors import UserError, first_line, shown
 from fusion.weights.file_kinds import recognise
 from fusion.weights.source import StateDictSource, TensorSource
 
-# Training scripts keep their arguments beside the weights. Both types only hold values.
+# Training scripts save their arguments along with the weights. Both types only hold values.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     *((pathlib.PurePath, f"pathlib.{home}") for home in ("PosixPath", "WindowsPath")),
 ]
 
-# What torch.load raises for a file that is cut short, changed or made to break it.
+# Exceptions of torch.load for a file that is truncated, altered or malicious.
 _ERRORS = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -39,7 +39,7 @@ _ERRORS = (
     MemoryError,
     struct.error,
 )
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # how torch names what weights_only does not allow
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # as torch names refused objects
 _OTHER_PROTOCOL = re.compile(r"Unsupported operand 1(4\d|5[0-2])\b")  # instructions that 2 lacks
 _NETWORK = b"torch.nn.modules."  # classes whose names a pickled network holds
 _SEARCHED = 1 << 20  # bytes of a file searched for them
@@ -49,8 +49,8 @@ _DEPTH = 3  # mappings within mappings that are searched for state dicts
 def load_pickled(path: Path) -> object:
     """Read what ``torch.save`` wrote to ``path``, on the CPU and with ``weights_only=True``.
 
-    Tensors of a zip archive (torch 1.6 and later) are mapped into memory: they cost nothing until
-    somebody reads them.
+    Tensors of a zip archive (torch 1.6 and later) are mapped into memory: they take no memory until
+    they are read.
 
     Raises:
         UserError: there is no such file, it is no file of ``torch.save``, it is damaged, or it
@@ -90,9 +90,8 @@ def load_pickled(path: Path) -> object:
 def state_dicts(content: object) -> dict[str, StateDictSource]:
     """Return every mapping in ``content`` that holds tensors, under its dotted path.
 
-    The path of ``content`` itself is the empty string. What is no tensor in such a mapping (an
-    epoch, a learning rate) is left out, and a mapping that stands in several places is returned
-    once.
+    The path of ``content`` itself is the empty string. Entries that are not tensors (an epoch, a
+    learning rate) are omitted, and a mapping that stands in several places is returned once.
 
     Example::
 
@@ -122,7 +121,7 @@ def state_dicts(content: object) -> dict[str, StateDictSource]:
 
 
 def require_dense(source: TensorSource, names: Iterable[str], *, path: Path) -> None:
-    """Check that tensors of a pickled file have their values in memory, one beside the other.
+    """Check that tensors of a pickled file are dense, with their values in memory.
 
     Raises:
         UserError: names one that is sparse, quantized or on the meta device.
@@ -143,7 +142,7 @@ def require_dense(source: TensorSource, names: Iterable[str], *, path: Path) -> 
 
 
 def _reason(path: Path, error: BaseException) -> str:
-    """Say in a clause why torch.load refused a file."""
+    """Return a clause on why torch.load refused a file."""
     said = str(error)
     refused = _REFUSED.search(said)
     again = "save the weights alone: torch.save(model.state_dict(), FILE)"

@@ -17,7 +17,7 @@ def draw_positions(sizes: Mapping[str, int], count: int, *, seed: int) -> dict[s
 
     Args:
         sizes: name → number of entries.
-        count: how many to draw of all of them together; all if there are not so many.
+        count: number of entries to draw in total; all if there are fewer.
         seed: of the draw.
 
     Returns:
@@ -45,7 +45,7 @@ def _distinct(total: int, count: int, seed: int) -> np.ndarray[tuple[int], np.dt
     generator = np.random.default_rng(seed)
     drawn = np.empty(0, dtype=np.int64)
     while len(drawn) < count:
-        # Numbers in the order in which they first came up: every set of them is equally likely.
+        # Numbers in the order of their first occurrence: every set of them is equally likely.
         drawn = np.concatenate([drawn, generator.integers(total, size=count - len(drawn))])
         drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
     return np.sort(drawn)

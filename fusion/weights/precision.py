@@ -1,4 +1,4 @@
-"""The precision in which tensors are worked on, and a device that has it."""
+"""Working precision of tensors, and a device that supports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return float32, or float64 where a tensor has it: what half precisions are widened to.
+    """Return float32, or float64 if a tensor has it; half precisions are widened to float32.
 
     Example::
 
@@ -26,7 +26,7 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` on the CPU in float32, or in float64 where it is that.
+    """Return ``tensor`` on the CPU in float32, or in float64 if it has that dtype.
 
     Example::
 

@@ -14,7 +14,7 @@ def random_mask(count: int, density: float, *, seed: int, start: int = 0) -> Ten
 
     Each entry is kept with probability ``density``, independently of all others. The words come
     from the counter-based generator Philox (Salmon et al., 2011), which yields any part of its
-    sequence at once: the mask of a part is that part of the mask, however a sequence is cut.
+    sequence at once: the mask of a part is that part of the mask, however a sequence is divided.
 
     Args:
         count: number of entries.

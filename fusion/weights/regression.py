@@ -1,4 +1,4 @@
-"""The matrix that acts most nearly as several matrices do, each on inputs of its own."""
+"""Ridge regression: the matrix closest to several matrices, each on its own inputs."""
 
 from __future__ import annotations
 

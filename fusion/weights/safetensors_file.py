@@ -3,7 +3,7 @@
 Pieces are read with plain file reads rather than through a memory map, since the pages of a map
 count as this process's memory for as long as it is open.
 
-The format does not know shared storage. A tensor that is saved under several names is written
+The format has no shared storage. A tensor that is saved under several names is written
 once, and the other names are noted in the metadata under ``TIED``.
 """
 
@@ -30,7 +30,7 @@ from fusion.weights.source import TensorInfo, TensorSource
 
 
 class SafetensorsSource(TensorSource):
-    """The tensors of a safetensors file; only the header is read until somebody asks for more.
+    """The tensors of a safetensors file; only the header is read until a tensor is accessed.
 
     Tied tensors stand under each of their names.
 
@@ -81,12 +81,12 @@ def save_safetensors(
     """Write ``tensors`` to ``path``, whole or not at all.
 
     Names of one and the same tensor (equal storage, shape and strides) are written once and tied
-    again by ``load_safetensors``. Other views into a common storage are written as tensors of
-    their own. Every tensor is written in C order: the values of a channels-last tensor come back
-    the same, contiguous. The file orders the names in its own way; equal input gives equal bytes.
+    again by ``load_safetensors``. Other views into a common storage are written as separate
+    tensors. Every tensor is written in C order: a channels-last tensor is restored with the same
+    values, contiguous. The file orders the names in its own way; equal input gives equal bytes.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is created if necessary.
         tensors: state-dict keys and tensors, on any device.
         metadata: strings to keep with them, such as the architecture.
 
@@ -228,7 +228,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """What two names of one and the same tensor have in common."""
+    """The identity that two names of the same tensor have in common."""
     return (
         tensor.device,
         tensor.data_ptr(),

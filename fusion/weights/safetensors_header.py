@@ -1,9 +1,9 @@
-"""The header of a safetensors file, parsed once and against its schema.
+"""The header of a safetensors file, parsed once and validated against its schema.
 
 The format (https://github.com/huggingface/safetensors#format): eight bytes with the length of the
 header, a JSON header with dtype, shape and place of each tensor, then the little-endian data. The
-library's own reader judges first: it refuses data that overlap, leave gaps or end elsewhere than
-the file.
+library's own reader checks the file first: it refuses data that overlap, leave gaps or end
+elsewhere than the file.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its tensors.
+    """Header of a safetensors file.
 
     Attributes:
         infos: name → shape and dtype, in the order of the file.
         starts: name → position in the file of its first byte.
-        metadata: strings that were kept with the tensors.
+        metadata: strings stored with the tensors.
     """
 
     infos: dict[str, TensorInfo]
@@ -107,8 +107,8 @@ def read_header(path: Path) -> Header:
 def sort_metadata(path: Path) -> None:
     """Order the metadata in the header of a whole file by key, in place.
 
-    The library writes them in the order of a hash map, another one in every process, so that equal
-    input would give files that differ.
+    The library writes them in the order of a hash map, which differs between processes, so that
+    equal input would give different files.
     """
     with path.open("rb+") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -126,15 +126,15 @@ def sort_metadata(path: Path) -> None:
 def make_header(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """Return what a file begins with, and name → position in the file of its first byte.
+    """Return the beginning of a file, and name → position in the file of its first byte.
 
-    It is what the library writes for these tensors, the metadata ordered by key.
+    It is the header that the library writes for these tensors, the metadata ordered by key.
 
     Args:
         infos: shape and dtype of the tensors.
         metadata: strings to keep with them.
     """
-    # The library decides the order; it is asked by empty tensors of these names and dtypes.
+    # The library determines the order: it is given empty tensors of these names and dtypes.
     empty = {name: torch.empty(0, dtype=info.dtype) for name, info in infos.items()}
     written = save(empty)
     names = json.loads(written[LENGTH_BYTES:])
@@ -157,7 +157,7 @@ def make_header(
 
 
 def checked_notes(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """Return a copy of what a caller wants to be kept as metadata.
+    """Return a checked copy of a caller's metadata.
 
     Raises:
         UserError: a value is not a string, or has the reserved key ``TIED``.
@@ -178,7 +178,7 @@ def _header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> by
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """Return the error for a file that is damaged in the way that ``what`` says."""
+    """Return the error for a damaged file; ``what`` describes the damage."""
     return UserError(f"'{path}' is damaged or no safetensors file: {what}")
 
 
@@ -193,7 +193,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
         raise UserError(f"'{path}': '{shown(name)}' has the dtype {shown(dtype)}, unknown to torch")
     # Strides multiply the sizes of an empty tensor too.
     if math.prod(max(size, 1) for size in shape) >= _INT64:
-        raise damaged(path, f"the shape of '{shown(name)}' is beyond every memory")
+        raise damaged(path, f"the shape of '{shown(name)}' exceeds any memory")
     info = TensorInfo(tuple(shape), _DTYPES[dtype])
     if len(offsets) != 2 or offsets[1] - offsets[0] != info.nbytes:
         raise damaged(path, f"'{shown(name)}' does not have the size of its shape")

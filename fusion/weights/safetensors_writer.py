@@ -27,20 +27,20 @@ def writing_safetensors(
     *,
     tied: Mapping[str, str] | None = None,
 ) -> Iterator[SafetensorsWriter]:
-    """Yield a writer of a file that is filled part by part, and appears whole or not at all.
+    """Yield a writer of a file that is filled part by part and appears complete or not at all.
 
-    When the block ends, every element must have been written. The file is then the very one that
-    :func:`save_safetensors` would have made of the whole tensors.
+    When the block ends, every element must have been written. The file is then identical to that of
+    :func:`save_safetensors` for the whole tensors.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is created if necessary.
         infos: shape and dtype of the tensors.
         metadata: strings to keep with them.
         tied: further name → the name in ``infos`` whose tensor it is.
 
     Raises:
         UserError: a metadata value is not a string, or has the reserved key ``TIED``; there is not
-            enough room on the disk.
+            enough space on the disk.
 
     Example::
 
@@ -116,10 +116,10 @@ class SafetensorsWriter:
                 data = data[self._file.write(data) :]
 
     def require_whole(self) -> None:
-        """Check that as much was written as there is room for.
+        """Check that every element was written.
 
         Raises:
-            RuntimeError: it was not.
+            RuntimeError: some elements are missing.
         """
         if self._left:
             raise RuntimeError(f"{self._left} bytes of a safetensors file were not written")

@@ -1,4 +1,4 @@
-"""Tensors by name that are read piece by piece, wherever they lie."""
+"""Sources of named tensors that are read piece by piece, from memory or from files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read.
+    """Description of a tensor before it is read.
 
     Attributes:
         shape: its size along each dimension.
@@ -35,7 +35,7 @@ class TensorInfo:
 
 
 class TensorSource(Mapping[str, Tensor]):
-    """The tensors of one model: a mapping from state-dict keys that need not lie in memory.
+    """The tensors of one model: a mapping from state-dict keys that need not be in memory.
 
     ``source[name]`` reads a tensor whole. ``read`` gives a part of it as a flat vector, so that
     a loop over parts needs memory for a part only.
@@ -74,7 +74,7 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 class StateDictSource(TensorSource):
-    """Tensors that are already there as a source; it shows these tensors, not copies."""
+    """Tensors in memory as a source; it returns these tensors, not copies."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -109,8 +109,8 @@ class StateDictSource(TensorSource):
 def tensors_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by their state-dict keys.
 
-    What else a state dict may hold (extra state of any kind, packed weights of quantised layers)
-    has no mean and no norm: it stays with the module that it belongs to.
+    Other entries of a state dict (extra state of any kind, packed weights of quantised layers) have
+    no mean and no norm: they stay with their module.
 
     Args:
         module: the module.
@@ -153,7 +153,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 class ModuleSource(StateDictSource):
-    """The tensors of a module as a source; it shows the module's own, not copies."""
+    """The tensors of a module as a source; it returns the module's own, not copies."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(tensors_of(module))

@@ -17,10 +17,10 @@ from torch import Tensor
 from fusion.weights.precision import exact_device
 
 # Singular values below this share of the largest one are zeros with rounding: such directions
-# carry nothing of the matrix, and an SVD returns arbitrary vectors for them.
+# carry no information, and an SVD returns arbitrary vectors for them.
 NEGLIGIBLE = 1e-6
 # From this size on, LAPACK's routines for symmetric products and for a part of the eigenvectors,
-# which torch does not expose, pay for the way there.
+# which torch does not expose, outweigh the cost of calling them.
 LARGE = 96
 
 
@@ -36,9 +36,9 @@ def leading_components(
 
     Args:
         matrices: (…, m, c).
-        count: how many, 0 to min(m, c).
+        count: number of singular values, 0 to min(m, c).
         beside: (…), norms of the operands that the matrices are a difference of; values that are
-            negligible beside these count as rounding, too.
+            negligible relative to these count as rounding, too.
 
     Returns:
         Left vectors (…, m, count), singular values (…, count) from the largest, right vectors
@@ -87,7 +87,7 @@ def _gram(matrices: Tensor) -> Tensor:
     # A symmetric product takes half of the operations of a general one.
     grams = matrices.new_empty(*matrices.shape[:-2], rows, rows)
     for gram, matrix in zip(grams.view(-1, rows, rows), matrices.flatten(0, -3), strict=True):
-        # BLAS takes columns: what is transposed in memory goes there without a copy.
+        # BLAS takes columns: a matrix that is transposed in memory is passed without a copy.
         if matrix.mT.is_contiguous():
             product = dsyrk(1.0, matrix.numpy(), trans=0)
         else:
@@ -102,7 +102,7 @@ def _largest_eigenpairs(grams: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if grams.device.type != "cpu" or rows < LARGE or not 0 < count <= rows // 2:
         values, vectors = torch.linalg.eigh(grams, UPLO="L")
         return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
-    # Reducing the matrix is a third of the work; the vectors that nobody needs are the rest.
+    # Reducing the matrix is a third of the work; the vectors that are not needed are the rest.
     values = grams.new_empty(*grams.shape[:-2], count)
     vectors = grams.new_empty(*grams.shape[:-1], count)
     each = (grams.view(-1, rows, rows), values.view(-1, count), vectors.view(-1, rows, count))
@@ -116,7 +116,7 @@ def _largest_eigenpairs(grams: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(values: Tensor, beside: Tensor | None = None) -> Tensor:
-    """Return 1/values, 0 for what is negligible beside the largest of them."""
+    """Return 1/values, and 0 for values that are negligible relative to the largest."""
     if not values.numel():
         return values
     largest = values.amax(-1, keepdim=True)

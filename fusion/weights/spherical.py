@@ -1,9 +1,9 @@
 """Merge along great circles: SLERP, and the spherical mean of any number of tensors.
 
 A tensor is taken as one flat vector: its direction is a point on the unit sphere, its norm a
-length. Directions are averaged on the sphere, norms on the line. The result is a linear
-combination of the operands, so both functions work out its few coefficients from the matrix of
-inner products and then touch the tensors once.
+length. Directions are averaged on the sphere, norms on the line. The result is a linear combination
+of the operands, so both functions compute its few coefficients from the matrix of inner products
+and then read the tensors once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusion.weights.operands import normalised_weights, working_operands
 # norms: the rounding of float32, while float64 still resolves the angle.
 PARALLEL = 1e-6
 # Radians. This near to opposite directions the coefficients grow to 1/ANTIPARALLEL, and the
-# rounding of float32 with them: the circle is not known any more.
+# rounding of float32 with them: the circle is no longer determined.
 ANTIPARALLEL = 1e-4
 STEP_TOLERANCE = 1e-12  # largest change of a coefficient in the last step of the iterated mean
 MAX_STEPS = 1000  # it settles in 3 to 30 steps unless the directions nearly cancel out
@@ -39,7 +39,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     Args:
         a: floating-point tensor of any shape.
         b: floating-point tensor of the same shape.
-        t: position on the arc; outside of [0, 1] it goes on along the same circle.
+        t: position on the arc; outside of [0, 1] it continues along the same circle.
 
     Returns:
         A new tensor, computed in float32 or better, in the dtype of ``a``.

@@ -1,8 +1,8 @@
 """Arithmetic on whole state dicts, strict about keys and shapes.
 
-One rule for all of it: arithmetic is on floating-point tensors, in float32 or better, with the
-result in the dtype of the first operand. Integer and boolean buffers (``num_batches_tracked`` has
-no mean) are carried over from the first operand; a vector leaves them out. Results are new
+All functions follow one rule: arithmetic is on floating-point tensors, in float32 or better, with
+the result in the dtype of the first operand. Integer and boolean buffers (``num_batches_tracked``
+has no mean) are carried over from the first operand; a vector leaves them out. Results are new
 tensors, in the key order of the first operand.
 """
 
@@ -20,7 +20,7 @@ from fusion.weights.operands import working_operands
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 
-NAMED_AT_MOST = 8  # keys that an error message lists before it only counts
+NAMED_AT_MOST = 8  # maximum number of keys listed in an error message
 
 
 def state_dict_add(a: StateDict, b: StateDict) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def state_dict_weighted_sum(
 ) -> dict[str, Tensor]:
     """Return the sum of ``weights[i] * state_dicts[i]``; integer buffers are those of the first.
 
-    The weights are taken as they are, of any sign and any sum.
+    The weights are not normalised; they may have any sign and any sum.
 
     Raises:
         UserError: no state dict, not one weight for each, or keys or shapes differ.
@@ -204,7 +204,7 @@ def require_same_keys(state_dicts: Sequence[StateDict], names: Sequence[str] | N
 
     Args:
         state_dicts: one or more.
-        names: what the message calls them; by default by their position.
+        names: their names in the message; by default their positions.
 
     Raises:
         UserError: names the first state dict that differs, and its keys.
@@ -246,7 +246,7 @@ def require_same_keys(state_dicts: Sequence[StateDict], names: Sequence[str] | N
 def _combine(
     state_dicts: Sequence[StateDict], kernel: Callable[[Sequence[Tensor]], Tensor]
 ) -> dict[str, Tensor]:
-    """Apply ``kernel`` to the tensors of each key; carry over what has no mean."""
+    """Apply ``kernel`` to the tensors of each key; carry over tensors that have no mean."""
     if not state_dicts:
         raise UserError("there is nothing to add up: give at least one state dict")
     require_same_keys(state_dicts)

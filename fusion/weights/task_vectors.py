@@ -1,9 +1,8 @@
-"""Task vectors, expert minus base: measured in blocks, without ever being whole in memory.
+"""Sums over task vectors (expert minus base), computed in blocks within bounded memory.
 
 Every number here is a sum over entries, so it is gathered tensor by tensor and block by block.
 Products are formed in float64; differences are float32 (float64 where a member is), whose rounding
-is relative to the difference itself. What is held at a time is a block of each member, for each
-core.
+is relative to the difference itself. One block per member and core is in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from fusion.weights.precision import working_dtype
 from fusion.weights.source import TensorSource
 from fusion.weights.threads import threads_over_blocks
 
-READ = 1 << 18  # elements that are read at a time: a megabyte of float32, cheap to ask for
+READ = 1 << 18  # elements that are read at a time: a megabyte of float32, cheap to request
 SLICE = 1 << 14  # elements that a core works on at a time: eight experts of it stay in its cache
 
 
 @dataclass(frozen=True)
 class TaskVectorSums:
-    """What is summed over the entries of the task vectors d_i of n experts, tensor by tensor.
+    """Sums over the entries of the task vectors d_i of n experts, tensor by tensor.
 
     All are float64 tensors on the CPU with the T tensors along the first dimension.
 
@@ -46,13 +45,13 @@ class TaskVectorSums:
 
     @classmethod
     def zeros(cls, tensors: int, experts: int) -> TaskVectorSums:
-        """Return the sums of nothing."""
+        """Return empty sums."""
         pair, single = (tensors, experts, experts), (tensors, experts)
         shapes = (pair, single, pair, single, (tensors,), (tensors,))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def total(self, tensors: Sequence[int] | None = None) -> TaskVectorSums:
-        """Return the sums over some of the tensors (all by default) as if they were one."""
+        """Return the sums over some of the tensors (all by default), taken as one tensor."""
         chosen = slice(None) if tensors is None else list(tensors)
         return TaskVectorSums(
             *(getattr(self, field.name)[chosen].sum(0, keepdim=True) for field in fields(self))
@@ -76,7 +75,7 @@ class TaskVectorSums:
         """(T, n, n) shares of the magnitude of two task vectors where their signs differ.
 
         The sum of |d_i| + |d_j| over the entries with opposite signs, divided by the sum over all
-        entries: what TIES has to settle. NaN where both are 0.
+        entries: the sign conflict that TIES resolves. NaN where both are 0.
         """
         mass = self.magnitude[:, :, None] + self.magnitude[:, None, :]
         return (self.opposed + self.opposed.mT) / mass
@@ -106,8 +105,8 @@ def sum_task_vectors(
         on_read: called with the number of bytes after each read.
 
     Returns:
-        The sums, a row for each of ``names``. They are the same, bit for bit, whichever tensors
-        are asked for along with one, and however many threads there are.
+        The sums, one row per entry of ``names``. They are identical, bit for bit, whichever other
+        tensors are requested and whatever the number of threads.
     """
     device = torch.device(device)
     sums = TaskVectorSums.zeros(len(names), len(experts))
@@ -176,7 +175,7 @@ def _rows(
 
 
 def _sum_block(rows: Sequence[Tensor]) -> TaskVectorSums:
-    """Sum up one block: the base's row and those of the experts."""
+    """Sum up one block: the row of the base and those of the experts."""
     device = rows[0].device
     experts = len(rows) - 1
     products = torch.zeros(experts, experts, dtype=torch.float64, device=device)

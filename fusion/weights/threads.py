@@ -1,4 +1,4 @@
-"""Blocks of tensors shared out among threads, one for each core."""
+"""Distribute blocks of tensors among threads, one per core."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def threads_over_blocks(
 ) -> Iterator[Callable[..., Iterable[Any]]]:
     """Yield an ordered ``map`` that uses every core on the CPU, and one thread elsewhere.
 
-    A thread for each block beats torch's own threads inside of each operation: the operations are
-    as small as the cache, and reading overlaps with computing. Meanwhile torch's own are one. An
-    error cancels the blocks that have not begun.
+    One thread per block is faster than torch's threads within each operation, because each block
+    fits into the cache and reading overlaps with computing. Meanwhile torch uses a single thread.
+    An error cancels the blocks that have not started.
 
     Args:
         device: where the blocks are computed.
-        most: how many threads, at most; by default as many as there are cores.
+        most: maximum number of threads; by default the number of cores.
     """
     if torch.device(device).type != "cpu":
         yield map
@@ -39,7 +39,7 @@ def threads_over_blocks(
 
 
 def cores() -> int:
-    """Return how many logical cores this process may use: reading gains from all of them."""
+    """Return the number of logical cores of this process: reading gains from all of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -25,7 +25,7 @@ def ties(
     TIES-Merging (Yadav et al., arXiv 2306.01708, section 3): each change is trimmed to its largest
     entries (``trim``); every entry elects the sign with the larger weighted mass; the weighted
     mean runs over the changes of that sign alone; ``scale`` (λ of the paper) times it is added to
-    ``base``. An entry whose masses cancel exactly, or that nobody keeps, stays as in ``base``.
+    ``base``. An entry whose masses cancel exactly, or that no expert keeps, stays as in ``base``.
 
     The paper trims over all weights of a network at once, this function over the tensors it is
     given: pass ``state_dict_to_vector`` of the networks for the paper's rule.
@@ -42,7 +42,7 @@ def ties(
         A new tensor, computed in float32 or better, in the dtype of ``base``.
 
     Raises:
-        UserError: shapes, dtypes, weights or a density that have no meaning here.
+        UserError: invalid shapes, dtypes, weights or density.
 
     Example::
 
@@ -53,7 +53,7 @@ def ties(
         tensor([ 3.,  0., -3.])
     """
     if not tensors:
-        raise UserError("there is nothing to merge: give at least one tensor beside the base")
+        raise UserError("there is nothing to merge: give at least one tensor besides the base")
     start, *ends = working_operands([base, *tensors])
     shares = normalised_weights(weights, len(ends))
     changes = [trim(end - start, density) for end in ends]

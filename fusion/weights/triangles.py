@@ -1,4 +1,4 @@
-"""Symmetric matrices as their upper triangles, which take half the room."""
+"""Symmetric matrices stored as their upper triangles, which take half the memory."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_a_rule_that_separates_gives_each_task_its_own_network(tasks_pool) -> No
 def test_unknown_classes_are_logged_once(base, experts, caplog) -> None:
     with caplog.at_level(logging.INFO, "fusion"):
         Merge(rule=Mean()).run({"_pretrained_": base, **experts})
-    assert caplog.text.count("Nobody knows the classes of a, b") == 1
+    assert caplog.text.count("The classes of a, b are unknown") == 1
 
 
 class Halfway(Rule):

@@ -276,7 +276,7 @@ OTHERS: dict[str, tuple[Callable[[Path, State], object], str]] = {
     "web page": (content(b"\n<!DOCTYPE html><html>"), "it is a web page"),
     "pointer": (content(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "text": (content(b"epoch 1: 93.2 %\n"), "it is a text file"),
-    "noise": (content(bytes(range(7, 256)) * 9), "its content is none that torch.save"),
+    "noise": (content(bytes(range(7, 256)) * 9), "its content is not that of torch.save"),
     "npy": (lambda p, s: np.save(p.open("wb"), np.ones(3)), r"NumPy array \(.npy\)"),
     "npz": (lambda p, s: np.savez(p.open("wb"), w=np.ones(3)), r"NumPy archive \(.npz\)"),
     "onnx": (content(b"\x08\x07\x12\x07pytorch\x1a\x051.9.0:\xd6\x0a"), "it is an ONNX model"),

@@ -139,7 +139,7 @@ def test_classes_that_nobody_knows_are_assumed_aloud(base, images, caplog) -> No
     with caplog.at_level(logging.WARNING, "fusion"):
         found = tasks.evaluate(base)
     assert list(found) == ["all"]  # never by position: ten outputs are not the classes 4 and 9
-    assert "Nobody knows the classes of 'model'" in caplog.text
+    assert "The classes of 'model' are unknown" in caplog.text
 
 
 def test_unknown_classes_answer_no_task_where_the_tasks_differ(base, net, images, caplog) -> None:
@@ -153,7 +153,7 @@ def test_unknown_classes_answer_no_task_where_the_tasks_differ(base, net, images
     assert found["open"] == {}
     assert list(found["known"]) == ["digit"]
     assert "classes of 'open', and the tasks ask for different ones" in caplog.text
-    with pytest.raises(UserError, match="nobody knows which classes its outputs stand for"):
+    with pytest.raises(UserError, match="the classes of its outputs are unknown"):
         tasks.evaluate(base)
 
 

@@ -1,6 +1,7 @@
-"""What each operation demands of the units that its tensors belong to, by themes.
+"""Rules of operations: their demands on the units of their tensors, by theme.
 
-An operation without a rule fixes every unit that it touches: never wrong, at worst less free.
+An operation without a rule fixes every unit that it touches, which is always correct, but allows
+fewer permutations.
 """
 
 from fusion.alignment.rules import (

@@ -1,4 +1,4 @@
-"""Products of matrices: what linear layers, `einsum` and attention come down to."""
+"""Products of matrices, as in linear layers, `einsum` and attention."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def convolution(op: Operation) -> Labels | None:
 
 
 def _whole(x: Labels) -> Labels:
-    """Return labels of the first two axes, which tell what a whole image or kernel holds."""
+    """Return labels of the first two axes, which summarise a whole image or kernel."""
     pixels = frozenset(range(2, x.rank))
     shape = [*x.shape[:2], *[1] * len(pixels)]
     return made(shape, x.factors, fibres(x.sites, pixels), x.cause).viewed(x.shape[:2])
@@ -71,7 +71,7 @@ def _grouped(
             by_row = factor.expand(weight.shape).reshape(filters.shape)
             columns = by_row[:, 0]
             if len(weight.factors) > 2 or not bool((by_row == columns[:, None]).all()):
-                return None  # each row has columns of its own
+                return None  # each row has separate columns
     taken_axis, made_axis = (1, 2) if transposed else (2, 1)
     taken, channels = (rows, columns) if transposed else (columns, rows)
     if not distinct_atoms(channels):

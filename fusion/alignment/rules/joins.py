@@ -1,4 +1,4 @@
-"""Tensors put side by side, or one into another."""
+"""Concatenation of tensors, and insertion of one into another."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _rows(parts: Sequence[Labels], axis: int) -> list[list[Tensor]]:
 
 
 def _side_by_side(pieces: Sequence[Tensor], parts: Sequence[Labels], axis: int) -> Tensor:
-    """Concatenate labels along ``axis``; what is the same in all parts stays as it is."""
+    """Concatenate labels along ``axis``; labels equal in all parts are not changed."""
     first = pieces[0]
     if axis not in support(first) and all(torch.equal(first, piece) for piece in pieces[1:]):
         return first

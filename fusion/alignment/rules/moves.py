@@ -1,4 +1,4 @@
-"""Operations that only move data: they run on the labels as on the data."""
+"""Operations that only move data, applied to the labels as to the data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusion.alignment.primitives import combined, demote
 from fusion.alignment.rules.operation import Operation, Rule
 
 VIEWS = frozenset(("_reshape_alias", "_unsafe_view", "reshape", "view", "view_copy"))
-# Of these every element of the argument stands once in the result.
+# In these, every element of the argument occurs once in the result.
 REARRANGEMENTS = frozenset((
     "channel_shuffle", "flip", "native_channel_shuffle", "permute", "pixel_shuffle",
     "pixel_unshuffle", "roll", "squeeze", "t", "transpose", "unsqueeze",
@@ -44,7 +44,7 @@ def move(op: Operation) -> tuple[Labels, ...] | None:
     factors = [_run(op, x, part) for part in x.factors]
     sites = [_run(op, x, part) for part in x.sites]
     if op.name in FILLED:
-        # What is filled in stands at a site of its own, and so may belong to any unit.
+        # Filled elements have a separate site, and so may belong to any unit.
         (moved,) = _run(op, x, torch.ones((), dtype=torch.int64))
         factors = [[_without_gaps(part, moved)] for (part,) in factors]
         sites = [[_without_gaps(part, moved)] for (part,) in sites]
@@ -98,7 +98,7 @@ def _without_gaps(part: Tensor, moved: Tensor) -> Tensor:
 
 
 def complete(ledger: Ledger, x: Labels, why: str) -> Labels:
-    """Make sure that factors that change along one axis stand there in all combinations.
+    """Make sure that factors that change along one axis occur there in all combinations.
 
     They do after a flatten, but not where some elements of that were selected (a diagonal).
     """

@@ -11,7 +11,7 @@ from fusion.alignment.rules.reductions import squeezed
 
 
 def batch_norm(op: Operation) -> tuple[Labels, ...]:
-    """Normalise each channel by statistics that are kept, or by its own (training, instances)."""
+    """Normalise each channel by running statistics, or by its own (training, instances)."""
     ledger, why = op.ledger, op.why
     x = op["input"]
     others = frozenset(range(x.rank)) - {1}

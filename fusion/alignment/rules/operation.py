@@ -19,13 +19,13 @@ class Operation:
 
     Attributes:
         name: Its name without the overload.
-        run: What computes it.
+        run: The function that computes it.
         arguments: By name, labels in place of tensors; constants of which the value is known
             (indices) are tensors.
         shapes: Of the tensors that it returns.
         used: Of each, whether anything reads it.
         strides: Those of the first tensor among the arguments, and its offset in memory.
-        why: What is told of it as a reason.
+        why: Its description as a reason.
         ledger: Takes its demands.
     """
 

@@ -1,4 +1,4 @@
-"""Sums, means, extrema and norms over axes, and what is divided by them."""
+"""Sums, means, extrema and norms over axes, and divisions by them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REDUCTIONS = frozenset((
     "all", "amax", "amin", "aminmax", "any", "linalg_vector_norm", "logsumexp", "max", "mean",
     "min", "norm", "prod", "std", "std_mean", "sum", "var", "var_mean",
 ))  # fmt: skip
-BY_POSITION = frozenset(("argmax", "argmin"))  # tell the place, which moves
+BY_POSITION = frozenset(("argmax", "argmin"))  # return the place, which moves
 
 
 def reduction(op: Operation) -> tuple[Labels, ...] | None:
@@ -28,7 +28,7 @@ def reduction(op: Operation) -> tuple[Labels, ...] | None:
 
 
 def share(op: Operation) -> Labels:
-    """Divide by a sum: neither it nor the quotient knows the order of its terms."""
+    """Divide by a sum: neither it nor the quotient depends on the order of its terms."""
     x = op["self"]
     return normalise(op.ledger, x, _axes(x, op["dim"]), op.why)
 

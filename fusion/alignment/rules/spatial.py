@@ -1,4 +1,4 @@
-"""Operations on each channel by itself: pooling, resizing, sampling, sums up to a position."""
+"""Operations on each channel separately: pooling, resizing, sampling, cumulative sums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAILING = {
 
 
 def trailing(op: Operation) -> tuple[Labels, ...]:
-    """Work over the last axes; where the largest stood is told along the same axes."""
+    """Work over the last axes; the position of the largest is returned along the same axes."""
     x = op["self"]
     over = frozenset(range(x.rank - TRAILING[op.name], x.rank))
     return tuple(spread(op.ledger, x, over, shape, op.why) for shape in op.shapes)
@@ -62,7 +62,7 @@ def fold(op: Operation) -> Labels | None:
 
 
 def unpool(op: Operation) -> Labels:
-    """Put each value where its index says."""
+    """Put each value at its index."""
     x = meet(op.ledger, op["self"], op["indices"], op.why)
     over = frozenset(range(2, x.rank))
     return spread(op.ledger, x, over, op.shape, op.why)

@@ -1,4 +1,4 @@
-"""How tensors are merged: one rule a file, each a frozen dataclass over pure kernels."""
+"""Merging rules, one per file, each a frozen dataclass over pure kernels."""
 
 from fusion.merging.rules.consensus import ConsensusTA
 from fusion.merging.rules.dare import Dare

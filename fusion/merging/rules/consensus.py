@@ -39,10 +39,10 @@ class ConsensusTA(TaskRule):
             tunes it on validation data. The separate networks are not scaled.
         mask_threshold: :math:`\lambda_m`, 0 or more; larger masks have fewer entries. The paper
             tunes it for each task among 0.2, 0.3, …, 0.6; the default is the middle.
-        minimum_tasks: k, how many tasks must use a weight; 2 as in the paper drops selfish (one
-            task) and catastrophic (no task) weights, 1 catastrophic ones only, 0 none.
-        per_task: whether each task gets a network of its own, made by its mask (TALL masks),
-            instead of one network made by the consensus.
+        minimum_tasks: k, the number of tasks that must use a weight; 2 as in the paper drops
+            selfish (one task) and catastrophic (no task) weights, 1 catastrophic ones only, 0 none.
+        per_task: whether each task gets a separate network, made by its mask (TALL masks), instead
+            of one network made by the consensus.
 
     Raises:
         UserError: an option is outside of its range, or there are fewer experts than
@@ -66,7 +66,7 @@ class ConsensusTA(TaskRule):
     elementwise = True
 
     def prepare(self, pieces: Pieces) -> None:
-        """Check that there are tasks enough.
+        """Check that there are enough tasks.
 
         Raises:
             UserError: they are fewer than ``minimum_tasks``, so that nothing would be merged.
@@ -86,7 +86,7 @@ class ConsensusTA(TaskRule):
         return piece.reference.add(agreed, alpha=self.scale)
 
     def separate(self, piece: Piece) -> Tensor:
-        """Return the base plus what each task's mask lets through, (n, *shape)."""
+        """Return the base plus the task vector under each task's mask, (n, *shape)."""
         total = piece.summed_changes
         return piece.reference + torch.where(self._masks(piece, total), total, 0)
 

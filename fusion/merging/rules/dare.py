@@ -33,14 +33,15 @@ class Dare(WrappingRule):
     is dropped depends on the seed, the tensor's name, the expert's name and the entry's position,
     not on the order of experts or on the parts in which a long tensor comes: the random words are
     those of a counter-based generator (:func:`fusion.weights.random_mask.random_mask`). At density
-    1 nothing is touched, and this is the inner rule bit for bit. Of a rule with a tensor for each
-    task, the merged one is used.
+    1 nothing is dropped, and this is the inner rule bit for bit. For a rule with one tensor per
+    task, the merged tensor is used.
 
     The paper drops 90 % and merges by task arithmetic or TIES; so do the defaults.
 
     Args:
-        rule: what merges the sparse task vectors.
-        density: p, the share that is kept, in (0, 1].
+        rule: the rule that merges the sparse task vectors.
+        density: p, the share that is kept, in
+            (0, 1].
 
     Raises:
         UserError: an option is outside of its range.
@@ -59,7 +60,7 @@ class Dare(WrappingRule):
 
     @property
     def prepares_in_parts(self) -> bool:
-        """Whether the inner rule does: the masks do not depend on the parts."""
+        """As the inner rule: the masks do not depend on the parts."""
         return self.rule.prepares_in_parts
 
     def prepare(self, pieces: Pieces) -> Any:

@@ -66,7 +66,7 @@ class EMR(TaskRule):
             masked = sums[1].cpu() if masked is None else masked + sums[1].cpu()
         if own is None or masked is None:
             return ()
-        # A task whose mask is empty has no use for a factor.
+        # A task whose mask is empty needs no factor.
         return tuple(torch.where(masked > 0, own / masked.where(masked > 0, 1), 1).tolist())
 
     def merge(self, piece: Piece) -> Tensor:

@@ -32,7 +32,7 @@ class Fisher(Rule):
     A piece brings ``statistics["fisher"]`` or ``statistics["empirical_fisher"]``, (n, *shape).
 
     Args:
-        labels: ``model``: y is what the network predicts, as in the paper; ``true``: y is the label
+        labels: ``model``: y is the network's prediction, as in the paper; ``true``: y is the label
             of the image, which makes it the empirical Fisher information.
         floor: smallest Fisher, above 0, relative to the root mean square over the network; where no
             expert has more, the experts are averaged. The reference's 1e-6 is absolute, but the
@@ -62,7 +62,7 @@ class Fisher(Rule):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Images and gradients; labels where they are to be true."""
+        """Images and gradients; labels where the true ones are used."""
         images = Need.IMAGES if self.labels == "model" else Need.LABELS
         return frozenset({images, Need.GRADIENTS})
 
@@ -76,7 +76,7 @@ class Fisher(Rule):
         return "fisher" if self.labels == "model" else "empirical_fisher"
 
     def prepare(self, pieces: Pieces) -> tuple[float, ...]:
-        """Return what each expert's Fisher is divided by."""
+        """Return the divisor of each expert's Fisher."""
         squares: Tensor | None = None
         entries = 0
         for piece in pieces():

@@ -30,13 +30,13 @@ class IsoC(MatrixRule):
     average kernels. Norm parameters, biases and depthwise kernels, whose groups are vectors (of
     which this would be the sum), become the mean of the experts; ``scale`` does not reach them.
 
-    Directions that the sum does not have, with a singular value below 1e-6 of the largest one, are
-    left out, while an implementation by singular value decomposition gives arbitrary vectors the
+    Directions absent from the sum, with a singular value below 1e-6 of the largest one, are
+    omitted, while an implementation by singular value decomposition gives arbitrary vectors the
     weight of all others. They count in the mean.
 
     Args:
         scale: λ, any finite number. The paper tunes it on validation data; the default is 1.
-        kernel: how a kernel is made a matrix: ``rows``, one for each output channel, or ``split``,
+        kernel: layout of a kernel as a matrix: ``rows``, one for each output channel, or ``split``,
             (out · height) × (in · width), for comparison.
 
     Raises:

@@ -15,13 +15,12 @@ from fusion.weights.spectral import exact, leading_components, polar
 @checked
 @dataclass(frozen=True, kw_only=True)
 class IsoCTS(MatrixRule):
-    r"""Common directions of all tasks and own directions of each one, all equally strong.
+    r"""Common directions of all tasks and task-specific directions, all equally strong.
 
-    Of the r directions of a task matrix each task has
-    :math:`q = \operatorname{round}((r - \lfloor c r \rfloor) / n)` of its own and
-    :math:`k = r - n q` are common. With the k leading components :math:`U_0 \Sigma_0 V_0^T` of the
-    sum :math:`\sum_i n s_i \tau_i`, and the q leading components :math:`U_i \Sigma_i V_i^T` of what
-    each task has beside them,
+    Of the r directions of a task matrix each task has :math:`q = \operatorname{round}((r - \lfloor
+    c r \rfloor) / n)` of its own and :math:`k = r - n q` are common. With the k leading components
+    :math:`U_0 \Sigma_0 V_0^T` of the sum :math:`\sum_i n s_i \tau_i`, and the q leading components
+    :math:`U_i \Sigma_i V_i^T` of the remainder of each task,
 
     .. math:: n s_i \bigl(\tau_i - U_0 U_0^T \tau_i\bigr),
 
@@ -35,8 +34,8 @@ class IsoCTS(MatrixRule):
 
     Isotropic merging in common and task-specific subspaces (Marczak et al., 2025, arXiv 2502.04959,
     section 4, algorithm 2). Matrices too small for a direction of every task (q = 0) are merged as
-    in :class:`~fusion.merging.rules.iso_c.IsoC`, which also says what becomes of kernels, norm
-    parameters and biases, and of directions that are not there.
+    in :class:`~fusion.merging.rules.iso_c.IsoC`, which also describes the treatment of kernels,
+    norm parameters and biases, and of absent directions.
 
     Args:
         common_share: c, the share of directions that are common, in [0, 1]; 0.8 as in the paper.

@@ -1,4 +1,4 @@
-"""The layer that returns most nearly what each expert's does, behind the layers merged already."""
+"""Layer-wise least squares: fit each expert's outputs behind the layers merged already."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRIORS: Mapping[str, Rule] = {
 @checked
 @dataclass(frozen=True, kw_only=True)
 class LeastSquares(Rule):
-    r"""The linear map from what the merged layers before return to what each expert's layer does.
+    r"""The linear map from outputs of the preceding merged layers to those of each expert's layer.
 
     .. math::
 
@@ -36,17 +36,17 @@ class LeastSquares(Rule):
         \qquad
         W = W_0 + \sum_i s_i (C_i - W_0 G_i) \Bigl(\sum_i s_i G_i + \rho I\Bigr)^{-1}
 
-    Layers are merged from the input to the output. :math:`X_i` holds what the layer receives behind
-    the merged prefix on the images of expert i, :math:`Y_i` what that expert's own layer returns
+    Layers are merged from the input to the output. :math:`X_i` are the inputs of the layer behind
+    the merged prefix on the images of expert i, :math:`Y_i` the outputs of that expert's own layer
     on the same images; :math:`G_i` is the mean of :math:`x x^T` and :math:`C_i` of :math:`y x^T`.
-    So a layer also repairs what the layers before could not keep. The regression is that of PLeaS
+    So a layer also compensates for errors of the preceding layers. The regression is that of PLeaS
     (Nasery et al., 2024, arXiv 2407.02447, section 3.2), which takes gradient steps and starts from
     aligned networks; here it is solved in closed form, in float64, for any number of experts, for
     each group of a convolution, with the bias as the weight of an input that is 1.
 
-    The ridge ρ pulls towards a prior :math:`W_0`, not towards 0: what the data says nothing about
-    (a channel that never fires) stays as the prior has it. Tensors other than weights and biases
-    are the prior's.
+    The ridge ρ pulls towards a prior :math:`W_0`, not towards 0: directions without data (a channel
+    that never fires) are kept from the prior. Tensors other than weights and biases are those of
+    the prior.
 
     A weight brings ``statistics["gram"]``, (n, g, d+1, d+1), and ``statistics["cross"]``,
     (n, g, out/g, d+1), for d = in/g · kernel size columns; see :mod:`fusion.merging.statistics`.
@@ -54,9 +54,9 @@ class LeastSquares(Rule):
     Args:
         prior: :math:`W_0`: ``average``, ``iso_c``, ``base``, or a rule.
         ridge: ρ relative to the mean of the Gram matrices' diagonal, 1e-10 or more.
-        folded: whether batch norm is folded into the layer before it, so that :math:`Y_i` is what
-            the norm returns; otherwise what the convolution returns, of which the norm takes
-            location and scale away.
+        folded: whether batch norm is folded into the layer before it, so that :math:`Y_i` is the
+            output of the norm; otherwise it is the output of the convolution, whose location and
+            scale the norm removes.
 
     Raises:
         UserError: an option is outside of its range, or the prior takes statistics of the data.
@@ -94,7 +94,7 @@ class LeastSquares(Rule):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Images, and what the prior needs."""
+        """Images, and the requirements of the prior."""
         return self._prior.needs | {Need.IMAGES}
 
     def prepare(self, pieces: Pieces) -> Any:

@@ -42,14 +42,14 @@ class LiNeS(WrappingRule):
     with norms over the whole network. All tensors of a layer (kernel, bias, norm parameters) have
     the layer's factor. The paper counts transformer blocks and gives what lies outside of them α;
     here every convolution and linear layer counts, so that stem and last layer have the smallest
-    and the largest factor. Of a rule with a tensor for each task, the merged one is used.
+    and the largest factor. For a rule with one tensor per task, the merged tensor is used.
 
     Args:
-        rule: what merges the task vectors; as in the paper, their plain sum by default.
+        rule: the rule that merges the task vectors; as in the paper, their plain sum by default.
         alpha: factor of the first layer, 0 or more; by default the α above, for which
             :meth:`prepare` merges the whole network once more, tensor by tensor.
-        beta: what the last layer's factor is larger by. The paper tunes it on validation data; the
-            default is ours. Nothing is scaled with ``alpha=1, beta=0``.
+        beta: what the last layer's factor exceeds the first one's by. The paper tunes it on
+            validation data; the default is ours. Nothing is scaled with ``alpha=1, beta=0``.
 
     Raises:
         UserError: an option is outside of its range.

@@ -14,7 +14,7 @@ from fusion.options import checked
 @checked
 @dataclass(frozen=True, kw_only=True)
 class MagMax(Rule):
-    r"""The change of the expert that moved an entry farthest, entry by entry.
+    r"""Entry by entry, the change of the expert with the largest change.
 
     .. math::
 

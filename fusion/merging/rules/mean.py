@@ -13,7 +13,7 @@ from fusion.options import checked
 @checked
 @dataclass(frozen=True)
 class Mean(Rule):
-    r"""The mean of the experts, each as often as its share says.
+    r"""The mean of the experts, weighted by their shares.
 
     .. math:: \theta = \sum_i s_i \theta_i, \qquad \sum_i s_i = 1
 

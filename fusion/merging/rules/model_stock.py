@@ -1,4 +1,4 @@
-"""Interpolate from the base to the experts' mean as far as their angle recommends."""
+"""Model Stock: interpolate from base to mean by the angle between task vectors."""
 
 from __future__ import annotations
 

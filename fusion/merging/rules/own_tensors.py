@@ -1,4 +1,4 @@
-"""The mean, but for one kind of tensor, which each task keeps as its expert has it."""
+"""The mean of all tensors except one kind, which each task keeps from its expert."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class OwnTensors(TaskRule):
         \theta_{i,k} = \begin{cases} \theta^{(i)}_k & k \in K \\
         \sum_j s_j \theta^{(j)}_k & k \notin K \end{cases}
 
-    An ablation rather than a method: what a task gains by its own tensors of one kind says how
-    much merging that kind costs.
+    This is an ablation rather than a method: the gain of a task from its own tensors of one kind
+    measures the cost of merging that kind.
 
     Args:
         kind: ``first`` (the weight of the first layer), ``early`` and ``late`` (kernels of more

@@ -15,7 +15,7 @@ from fusion.weights.largest import kth_largest
 
 @dataclass(frozen=True)
 class _Balance:
-    """What the softmaxes run over: the products of two task vectors across the network.
+    """Range of the softmaxes: the products of two task vectors across the network.
 
     Attributes:
         low: (n, n) smallest products.
@@ -35,7 +35,7 @@ class _Balance:
 @checked
 @dataclass(frozen=True, kw_only=True)
 class PCB(Rule):
-    r"""The mean of the task vectors, each entry weighted by how it competes.
+    r"""The mean of the task vectors, each entry weighted by its competition score.
 
     .. math::
 
@@ -56,8 +56,9 @@ class PCB(Rule):
     the base.
 
     The reference implementation replaces the second softmax by tanh without Norm and clips each
-    task vector's extreme entries; this is the paper. Its function keeps 10 % by default, and its
-    script scales by 1.2; without validation data, 1 leaves n copies of an expert in their place.
+    task vector's extreme entries; this is the formula of the paper. The reference function keeps 10
+    % by default, and its script scales by 1.2; without validation data, 1 merges n copies of an
+    expert to that expert.
 
     Args:
         density: share of the entries of each :math:`\beta_i` that is kept, in (0, 1].

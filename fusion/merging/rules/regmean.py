@@ -1,4 +1,4 @@
-"""The layer that answers most nearly as each expert's does on its own data: RegMean."""
+"""RegMean: the layer closest to each expert's on that expert's data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusion.weights.regression import Ridge, regression_mean
 @checked
 @dataclass(frozen=True, kw_only=True)
 class RegMean(Rule):
-    r"""The linear map that is nearest to each expert's on the inputs which that expert receives.
+    r"""The linear map closest to each expert's on the inputs of that expert.
 
     .. math::
 
@@ -28,7 +28,7 @@ class RegMean(Rule):
     the layer in expert i. For ρ = 0 and regular Gram matrices that is the paper's
     :math:`(\sum_i G_i)^{-1} \sum_i G_i W_i^T`. They are not regular: a channel that never fires
     empties all of its columns. So the regression has a ridge ρ towards the mean of the experts
-    :math:`\bar W`, not towards 0: what the data says nothing about is averaged. All is float64.
+    :math:`\bar W`, not towards 0: directions without data are averaged. All arithmetic is float64.
 
     A convolution is a linear map of the patches under its kernel, one for each group, with the
     columns of :meth:`Piece.matrices <fusion.merging.Piece.matrices>`; depthwise kernels are
@@ -49,8 +49,9 @@ class RegMean(Rule):
         sequential: measure the Gram matrices behind the layers that are merged already, from the
             input to the output, instead of in the experts: RegMean++ (Nguyen et al., 2025, arXiv
             2508.03121). Refused where all experts share their images, for which it is the average.
-        folded: fold batch norm into the layer before it first, so that a layer answers as each
-            expert's layer and norm do. It needs no images to measure running statistics anew.
+        folded: first fold batch norm into the layer before it, so that a layer approximates each
+            expert's layer and norm together. Then no images are needed to measure running
+            statistics again.
 
     Raises:
         UserError: an option is outside of its range.

@@ -32,16 +32,16 @@ class TSVM(MatrixRule):
     A convolution of g groups is g matrices of out/g rows and in/g · kernel size columns; a fully
     connected layer is one. Other implementations take the weights of ``nn.Linear`` alone and
     average kernels. Norm parameters, biases and depthwise kernels, whose groups are vectors, become
-    the mean of the experts, as in the paper for all that is no matrix (a sum would double a norm's
-    scale); ``scale`` does not reach them.
+    the mean of the experts, as in the paper for all tensors that are not matrices (a sum would
+    double a norm's scale); ``scale`` does not apply to them.
 
     Where two tasks share a direction, U has fewer dimensions than columns, and a singular value
-    decomposition would complete it by arbitrary ones. Here only the directions that are there
-    count: n copies of an expert merge to the k leading components of its change.
+    decomposition would complete it by arbitrary ones. Here only existing directions count: n copies
+    of an expert merge to the k leading components of its change.
 
     Args:
         scale: λ, any finite number; the paper recommends 1 without validation data.
-        kernel: how a kernel is made a matrix: ``rows``, one for each output channel, or ``split``,
+        kernel: layout of a kernel as a matrix: ``rows``, one for each output channel, or ``split``,
             (out · height) × (in · width), for comparison.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rules around another rule: what the pipeline must bring is what the inner rule asks for."""
+"""Rules around another rule, which require from the pipeline what the inner rule requires."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class WrappingRule(Rule):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the inner rule needs, and a base."""
+        """The requirements of the inner rule, and a base."""
         return self.rule.needs | {Need.BASE}
 
     @property
     def statistics(self) -> frozenset[str]:
-        """What the inner rule reads."""
+        """The statistics that the inner rule reads."""
         return self.rule.statistics
 
     @property

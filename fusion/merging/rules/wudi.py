@@ -16,7 +16,7 @@ from fusion.weights.spectral import exact
 @checked
 @dataclass(frozen=True, kw_only=True)
 class WUDI(MatrixRule):
-    r"""The change that acts on each task's own inputs as that task's change does.
+    r"""The change closest to each task's change on that task's own inputs.
 
     A task matrix is a sum of gradients, so that its rows lie in the span of the inputs it was
     trained on. Taking its rows for those inputs, the interference of the merged change
@@ -30,20 +30,19 @@ class WUDI(MatrixRule):
     WUDI-Merging (Cheng et al., 2025, arXiv 2503.08099, section 4), which minimises it by 300 steps
     of Adam with a learning rate of 1e-5, from the sum :math:`\tau_\Sigma = \sum_i n s_i \tau_i`.
 
-    L is quadratic: it is the loss of RegMean
-    (:class:`~fusion.merging.rules.regmean.RegMean`) for the task vectors with the Gram matrices
-    :math:`G_i = \tau_i^T \tau_i / \lVert\tau_i\rVert_F^2`. Its minimum is not unique, and the
-    minimum itself is not what a few small steps from the sum arrive at. Both are settled by a ridge
-    towards the sum, which has the closed form
+    L is quadratic: it is the loss of RegMean (:class:`~fusion.merging.rules.regmean.RegMean`) for
+    the task vectors with the Gram matrices :math:`G_i = \tau_i^T \tau_i / \lVert\tau_i\rVert_F^2`.
+    Its minimum is not unique, and a few small steps from the sum do not reach it. Both problems are
+    solved by a ridge towards the sum, which has the closed form
 
     .. math::
 
         \tau = \tau_\Sigma + \sum_i n s_i (\tau_i - \tau_\Sigma)\, G_i
         \Bigl(\sum_i n s_i G_i + \rho I\Bigr)^{-1}
 
-    with ρ = ``ridge``, to be seen beside Gram matrices of trace 1. It needs no step size, follows a
-    rescaling of all task vectors, and costs one factorisation. ρ = 1 arrives about where the
-    paper's 300 steps do for task vectors of some 1e-3 to 1e-2 in each entry; smaller values follow
+    with ρ = ``ridge``, relative to Gram matrices of trace 1. It needs no step size, is equivariant
+    to a rescaling of all task vectors, and costs one factorisation. ρ = 1 gives about the result of
+    the paper's 300 steps for task vectors of some 1e-3 to 1e-2 in each entry; smaller values follow
     the loss farther, as more or longer steps would. The default does, because the experts of
     ``docs/methods.md`` keep more of their accuracy with it.
 
@@ -101,7 +100,7 @@ def _interference(changes: Tensor, shares: list[float], total: Tensor) -> tuple[
 
 
 def _closed_form(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Return R T (TᵀT + ρ I)^-1, by whichever of TᵀT and T Tᵀ is smaller."""
+    """Return R T (TᵀT + ρ I)^-1, by the smaller of TᵀT and T Tᵀ."""
     rows, columns = inputs.shape[-2:]
     gram = inputs.mT @ inputs if columns <= rows else inputs @ inputs.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
@@ -112,7 +111,7 @@ def _closed_form(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
 
 def _adam(inputs: Tensor, targets: Tensor, iterations: int, learning_rate: float) -> Tensor:
-    """Return what Adam arrives at from 0 on the loss; its gradient is 2 (X Tᵀ - R) T."""
+    """Return the result of Adam on the loss, started at 0; the gradient is 2 (X Tᵀ - R) T."""
     moved = torch.zeros_like(targets @ inputs)
     optimizer = torch.optim.Adam([moved], lr=learning_rate)
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""What the head receives of each class: means of features and shares of the classes."""
+"""Class statistics of the head's inputs: means of features and shares of the classes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fusion.models import Layer
 class ClassMoments:
     r"""The mean of :math:`e_y \tilde x^T`, x̃ the features of an image and a 1, y its label.
 
-    Row c is the share of class c times the mean of its features, and that share. With the Gram
-    matrix of the same layer this is all that a linear least-squares or a linear discriminant
-    classifier needs.
+    Row c is the share of class c times the mean of its features, followed by that share. With the
+    Gram matrix of the same layer, this suffices for a linear least-squares or a linear discriminant
+    classifier.
 
-    Looked at is the last of the layers that runs; where it is no ``nn.Linear`` that receives one
-    row for each image, there is nothing.
+    The last of the layers that runs is measured. If it is not an ``nn.Linear`` that receives one
+    row per image, there are no statistics.
 
     Args:
         network: the network, in evaluation mode.

@@ -1,4 +1,4 @@
-"""Everything that is asked of one network's data, in one pass over its images."""
+"""Collect all requested statistics of one network in one pass over its images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusion.models import Layer
 from fusion.weights import exact_device, image_dtype
 
 STATISTICS = ("gram", "fisher", "empirical_fisher", "moments", "classes")
-BY_LABELS = ("empirical_fisher", "classes")  # what takes true labels
+BY_LABELS = ("empirical_fisher", "classes")  # statistics that use true labels
 
 Batch = tuple[Tensor, Tensor]
 """Images (N, …) and labels (N,), which are numbers of the network's outputs."""
@@ -34,13 +34,13 @@ def collect(
 ) -> dict[str, dict[str, Tensor]]:
     """Return statistics of one network on some images, gathered in one pass over them.
 
-    No activation outlives its batch; the sums of all layers are in memory together.
+    No activation is kept after its batch; the sums of all layers are in memory together.
 
     Args:
         network: the network; its weights, modes, device and types are the same afterwards.
         data: batches of images and labels, as :func:`fusion.data.batches` yields them.
         names: of the statistics.
-        layers: whose statistics are wanted.
+        layers: the layers to measure.
         seed: of the labels that ``fisher`` draws from the network.
         device: where to compute; by default where the network is.
 
@@ -48,7 +48,7 @@ def collect(
         State-dict key → name → statistic, float64 on the CPU.
 
     Raises:
-        UserError: a name that is not known, no image, or a statistic that is not finite.
+        UserError: an unknown name, no image, or a statistic that is not finite.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for full, tensor in collected(network, data, names, layers=layers, seed=seed, device=device):
@@ -104,10 +104,10 @@ def collected(
 
 
 def check_names(names: Collection[str]) -> None:
-    """Check that there are such statistics.
+    """Check that the names of statistics exist.
 
     Raises:
-        UserError: there is one that is not known.
+        UserError: a name is unknown.
     """
     for name in names:
         if name not in STATISTICS:

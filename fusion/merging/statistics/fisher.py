@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # Up to so many classes the expectation over the model's labels is exact, at one backward pass for
 # each class; with more, a label is drawn for each example.
 EXACT_CLASSES = 10
-# What gradients, their squares and the layers' outputs of a few examples may take.
+# Memory limit for gradients, their squares and the layers' outputs of a few examples.
 _BYTES = 1 << 29
 # With fewer examples at a time, vmap takes longer than one graph after another.
 _FEW_EXAMPLES = 4
@@ -39,8 +39,8 @@ class FisherDiagonal:
 
     Args:
         network: the network, in evaluation mode; it returns logits (N, classes).
-        layers: whose floating-point parameters are looked at.
-        labels: ``model``: y is what the network itself predicts, the exact expectation for up to
+        layers: the layers whose floating-point parameters are used.
+        labels: ``model``: y is the network's own prediction, the exact expectation for up to
             ``EXACT_CLASSES`` classes, else one seeded draw for each example; ``true``: y is the
             label.
         seed: of the draws, which do not depend on the size of a batch.
@@ -108,7 +108,7 @@ class FisherDiagonal:
     def _logits(self, images: Tensor) -> Tensor:
         """Run the network; the first time, find out how many examples are differentiated at once.
 
-        An example takes its gradients and their squares, and what the layers return.
+        An example takes its gradients and their squares, and the outputs of the layers.
         """
         values = 0
 
@@ -141,7 +141,7 @@ class FisherDiagonal:
         return logits
 
     def _targets(self, logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return which log-probabilities are differentiated, (N, m, classes), and their weights."""
+        """Return the log-probabilities to differentiate, (N, m, classes), and their weights."""
         count, classes = logits.shape
         if self._labels == "true":
             if labels is None or int(labels.min()) < 0 or int(labels.max()) >= classes:
@@ -171,8 +171,8 @@ class FisherDiagonal:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
-                # What torch.func raises for what it cannot batch. A mistake of another kind comes
-                # again below.
+                # Exceptions of torch.func for operations that it cannot batch. Any other error is
+                # raised again below.
                 log.info(
                     "%s: gradients are computed example by example, because torch.func.vmap "
                     "cannot batch it (%s)",

@@ -51,20 +51,20 @@ def gather(
 
     Args:
         modelpool: has the experts as networks, and their data or cards.
-        members: the experts' tensors, in the order of units that the statistics shall have.
+        members: the experts' tensors, in the order of units that the statistics should have.
         names: of the statistics; :mod:`fusion.merging.statistics` lists them.
-        layers: whose statistics are wanted; by default all layers of the members.
+        layers: the layers to measure; by default all layers of the members.
         calibration: the sample of each expert's images.
         device: where to compute.
-        cache_dir: where statistics are kept under a hash of weights, images and options, and read
-            from, tensor by tensor, by this and later calls. Two calls at once gather once; a kill
-            leaves a whole folder or none; a damaged one is found by its checksums. By default
-            all statistics are in memory, and nothing is kept.
+        cache_dir: folder in which statistics are stored under a hash of weights, images and
+            options, and from which this and later calls read them tensor by tensor. Two concurrent
+            calls gather once, a killed process leaves a complete folder or none, and a damaged one
+            is detected by its checksums. By default all statistics are in memory and nothing is
+            stored.
         progress: whether to show a progress bar; ``None`` shows it where there is a terminal.
 
     Raises:
-        UserError: a name that is not known, an expert without images, or a folder that cannot be
-            written to.
+        UserError: an unknown name, an expert without images, or a folder that cannot be written to.
     """
     check_statistics(modelpool, names)
     calibration = calibration or Calibration()
@@ -114,9 +114,8 @@ def check_statistics(modelpool: BaseModelPool, names: Collection[str]) -> None:
     """Check, before any work, that statistics can be gathered.
 
     Raises:
-        UserError: a name that is not known, an expert without images and without a card that has
-            these statistics or, where true labels are asked for, without outputs for its own
-            classes.
+        UserError: an unknown name, or an expert without images and without a card that has these
+            statistics or, where true labels are requested, without outputs for its own classes.
     """
     check_names(names)
     missing = sorted(set(names) - set(CARD_STATISTICS))
@@ -149,10 +148,10 @@ def check_labels(modelpool: BaseModelPool, name: str, statistic: str) -> None:
     Args:
         modelpool: has the expert and its data.
         name: of the expert.
-        statistic: what takes the labels.
+        statistic: the statistic that uses the labels.
 
     Raises:
-        UserError: it has not.
+        UserError: an output is missing.
     """
     outputs, classes = modelpool.labels(name), label_space(modelpool.dataset(name))
     if outputs is not None and classes is not None and not outputs.covers(classes):
@@ -196,7 +195,7 @@ class Sample:
 
     @property
     def images(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return min(self._calibration.images, len(self._dataset))
 
     @property
@@ -220,7 +219,7 @@ class Sample:
 def _positions(modelpool: BaseModelPool, name: str) -> Tensor | None:
     """Return the output that stands for each label of an expert's data, (classes of the data,).
 
-    ``None`` where somebody's classes are unknown, or the network has no output for one of them:
+    ``None`` where the classes of either are unknown, or the network has no output for one of them:
     labels are then taken to be numbers of outputs.
     """
     outputs, classes = modelpool.labels(name), label_space(modelpool.dataset(name))
@@ -237,7 +236,7 @@ def _recipe(
     layers: Sequence[Layer],
     calibration: Calibration,
 ) -> str:
-    """Return all that decides the statistics of one expert, as text."""
+    """Return everything that determines the statistics of one expert, as text."""
     weights = {k: t for k, t in network.state_dict().items() if isinstance(t, Tensor)}
     return json.dumps(
         {

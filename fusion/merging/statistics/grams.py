@@ -1,4 +1,4 @@
-"""Gram matrices of what the layers of a network receive."""
+"""Gram matrices of the inputs of a network's layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fusion.weights import working_dtype
 
 log = logging.getLogger(__name__)
 
-# With fewer channels in a group, products of c × c entries are too small to be worth their calls.
+# With fewer channels in a group, products of c × c entries are too small to be efficient.
 _FEW_CHANNELS = 16
 
 
@@ -73,10 +73,10 @@ class GramMatrix:
 class Grams:
     """The Gram matrices of some layers of one network.
 
-    A layer whose weight several modules share, or whose module runs several times in a pass,
-    counts all its calls. No matrix have layers that do not run, weights that are no module's own
-    (a parameter used in ``F.conv2d``, a parametrized weight), and modules of a subclass that do
-    something else than torch's (pad their input, change their weight).
+    A layer whose weight several modules share, or whose module runs several times in a pass, counts
+    all its calls. There is no matrix for layers that do not run, for weights that no module holds
+    (a parameter used in ``F.conv2d``, a parametrized weight), and for modules of a subclass that
+    differ from torch's (pad their input, change their weight).
 
     Args:
         network: the network, in evaluation mode.
@@ -92,7 +92,7 @@ class Grams:
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Run the network on a batch of images and add what its layers receive."""
+        """Run the network on a batch of images and add the inputs of its layers."""
         del labels
         with ExitStack() as stack:
             for module, layer in self._modules.items():
@@ -146,7 +146,7 @@ def modules_of(network: nn.Module, layers: Sequence[Layer]) -> dict[nn.Module, L
 def _some_images(
     module: nn.Module, values: Tensor, output: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield parts of a convolution's batch: what padding and zeros make of it takes memory."""
+    """Yield parts of a convolution's batch, because padding and inserted zeros take memory."""
     if not isinstance(module, _ConvNd) or values.ndim == len(module.kernel_size) + 1:
         yield values, output
         return

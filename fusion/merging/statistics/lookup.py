@@ -13,12 +13,12 @@ from fusion.weights import TensorSource
 class Statistics(Mapping[str, Mapping[str, Tensor]]):
     """State-dict key → name → statistic of all experts (n, …).
 
-    A key has a statistic if every expert has it, in one shape. Nothing is kept: what lies on disk
-    is read at each access, so that a loop over the layers holds one of them in memory.
+    A key has a statistic if every expert has it, in one shape. Nothing is cached: statistics on
+    disk are read at each access, so that a loop over the layers holds one of them in memory.
 
     Args:
         experts: the statistics of each expert, by ``<name>/<key>``.
-        device: where they are wanted.
+        device: device of the returned statistics.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Statistics(Mapping[str, Mapping[str, Tensor]]):
                 self._names.setdefault(key, []).append(name)
 
     def to(self, device: torch.device | str) -> Statistics:
-        """Return the same statistics, which are moved to ``device`` as they are read."""
+        """Return the same statistics, moved to ``device`` when read."""
         return Statistics(self._experts, device=device)
 
     def each(self, name: str, key: str) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""A network made ready to be measured: in evaluation, on its device, in full precision."""
+"""Prepare a network for measurements: evaluation mode, device, full precision."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fusion.weights import working_dtype
 
 @contextmanager
 def measured(network: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Have ``network`` in evaluation mode on ``device`` in float32 or better; restore it after.
+    """Set ``network`` to evaluation mode on ``device`` in float32 or better; restore it after.
 
-    Half precisions are widened: their squares overflow and vanish too early. Images lie channels
-    last, which spares the products of the layers' inputs a rearrangement.
+    Half precisions are widened, because their squares overflow and underflow too early. Images are
+    in the channels-last format, which avoids rearranging the layers' inputs for products.
     """
     with ExitStack() as stack:
         stack.enter_context(restored(network))
@@ -32,7 +32,7 @@ def measured(network: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 def laid_out(images: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Return a batch as a network under :func:`measured` takes it."""
+    """Return a batch in the format for a network under :func:`measured`."""
     images = images.to(device, dtype)
     if images.ndim != 4:
         return images

@@ -1,4 +1,4 @@
-"""Mean and variance of what the batch norms of a network receive."""
+"""Mean and variance of the inputs of a network's batch norms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fusion.training.channel_statistics import ChannelMoments
 class NormMoments:
     """Mean and variance of the inputs of some norms of one network, over images and positions.
 
-    Looked at are the norms with running statistics that belong to the layers; one that runs
-    several times in a pass counts every call.
+    The norms with running statistics that belong to the layers are measured; one that runs several
+    times in a pass counts every call.
 
     Args:
         network: the network, in evaluation mode.
-        layers: whose norms are looked at.
+        layers: the layers whose norms are measured.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[Layer]) -> None:
@@ -37,7 +37,7 @@ class NormMoments:
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Run the network on a batch of images and add what its norms receive."""
+        """Run the network on a batch of images and add the inputs of its norms."""
         del labels
         with ExitStack() as stack:
             for name, module in self._modules.items():

@@ -19,7 +19,7 @@ class PatchProducts:
         axes: how the layer reads its input; at least one.
         groups: g, of the layer.
         channels: c, input channels in each group.
-        device: where the sums are kept.
+        device: device of the sums.
         limit: bytes that unfolded patches may take.
     """
 

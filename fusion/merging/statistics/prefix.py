@@ -1,4 +1,4 @@
-"""Moments of a layer behind a prefix that is merged already, for merging layer after layer."""
+"""Moments of a layer behind a merged prefix, for merging layer after layer."""
 
 from __future__ import annotations
 
@@ -23,19 +23,18 @@ from fusion.weights import exact_device, image_dtype, working_dtype
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What a layer receives in one network and returns in another, on the same images.
+    """Moments of a layer's inputs in one network and outputs in another, on the same images.
 
-    x̃ is the layer's input patch behind the merged prefix, and a 1; y is what the expert's layer
-    returns in the expert, bias included. All are means over images and output positions, float64
-    on the CPU; columns have the order of :meth:`Piece.matrices
-    <fusion.merging.Piece.matrices>`. The weight and bias W̃ that send x̃ most nearly to y solve
-    W̃ · xx = yx.
+    x̃ is the layer's input patch behind the merged prefix, and a 1; y is the output of the expert's
+    layer in the expert, bias included. All are means over images and output positions, float64 on
+    the CPU; columns have the order of :meth:`Piece.matrices <fusion.merging.Piece.matrices>`. The
+    least-squares weight and bias W̃ from x̃ to y solve W̃ · xx = yx.
 
     Attributes:
         xx: of x̃ x̃ᵀ, (g, d + 1, d + 1).
         yx: of y x̃ᵀ, (g, out/g, d + 1).
         yy: of y², (g, out/g).
-        positions: how many output positions were looked at, in all images and calls.
+        positions: number of output positions over all images and calls.
     """
 
     xx: Tensor
@@ -55,22 +54,22 @@ def prefix_moments(
     """Return the moments of the layers of one stage; see :func:`stages`.
 
     For each batch the expert runs up to the last layer of the stage, and then the merged network;
-    nothing outlives its batch. A layer that runs several times counts all its calls, the i-th of
-    one network beside the i-th of the other.
+    nothing is kept after its batch. A layer that runs several times counts all its calls, the i-th
+    of one network paired with the i-th of the other.
 
-    Merging layer after layer with fixed memory takes a pass for every stage, of which each stops
-    behind its stage.
+    Merging layer after layer with fixed memory takes one pass per stage, which stops behind that
+    stage.
 
     Args:
-        merged: the network whose layers before the stage are merged already; what it has for the
-            stage itself does not matter, unless a layer runs several times.
+        merged: the network whose layers before the stage are merged already; its tensors of the
+            stage itself do not matter, unless a layer runs several times.
         expert: a network of the same architecture; heads may differ in size.
         stage: layers that do not depend on each other.
         images: batches of the expert's images.
         device: where to compute; by default where the merged network is.
 
     Returns:
-        State-dict key of the weight → moments, for the layers that run as modules of their own.
+        State-dict key of the weight → moments, for the layers that run as separate modules.
 
     Raises:
         UserError: no image.
@@ -159,7 +158,7 @@ def _run(
 def _calls(
     network: nn.Module, modules: Mapping[nn.Module, Layer], images: Tensor
 ) -> Counter[nn.Module]:
-    """Return how often each module runs in a pass."""
+    """Return the number of runs of each module in a pass."""
     calls: Counter[nn.Module] = Counter()
     with ExitStack() as stack:
         for module in modules:
@@ -179,7 +178,7 @@ class _Sums:
         self._yy: Tensor | None = None
 
     def add(self, module: nn.Module, call: _Call, output: Tensor) -> None:
-        """Add one call behind the prefix, and what ``module`` of the expert returned instead."""
+        """Add one call behind the prefix, and the output of the expert's ``module``."""
         self._gram.add(module, call.values, output)
         self.positions = self._gram.positions
         groups = module.groups if isinstance(module, _ConvNd) else 1

@@ -10,7 +10,7 @@ _COLUMNS = 64
 # Rows in one product of float32; products are added up in float64. So the error of an entry stays
 # at some 1e-6 of the roots of its two diagonal entries, however many images there are.
 ROWS = 1 << 13
-# What the pieces of an input may take that are laid out for products at a time.
+# Memory limit for the pieces of an input that are rearranged for products at a time.
 BYTES = 1 << 25
 
 

@@ -1,4 +1,4 @@
-"""How a layer reads its input: which values meet the weight's columns at each output position."""
+"""Layout of a layer's input patches: the values multiplied by the weight's columns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Reading:
 
 
 def read_input(module: nn.Module, values: Tensor, output: Tensor) -> Reading:
-    """Return how ``module`` read ``values`` when it returned ``output``.
+    """Return the layout in which ``module`` read ``values`` to compute ``output``.
 
     A transposed convolution is read as the convolution of stride 1 that it equals: of the input
     with zeros inserted between its values, by the reversed kernel. An output position that few
@@ -103,7 +103,7 @@ def _padding_before(module: _ConvNd) -> list[int]:
 
 
 def _padded(module: _ConvNd, values: Tensor, before: list[int]) -> Tensor:
-    """Return the input padded as ``padding_mode`` says."""
+    """Return the input padded according to ``padding_mode``."""
     widths: list[int] = []
     for d in reversed(range(len(before))):
         both = 2 * before[d]
@@ -150,8 +150,8 @@ def reads_as_torch_does(module: nn.Module, values: Tensor, output: Tensor) -> bo
 
     Args:
         module: a linear layer or a convolution, of torch or a subclass.
-        values: what it received.
-        output: what it returned.
+        values: its input.
+        output: its output.
     """
     kinds: list[Any] = list(type(module).__mro__)
     origin = next(kind for kind in kinds if kind.__module__.startswith("torch.nn."))

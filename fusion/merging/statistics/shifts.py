@@ -1,11 +1,11 @@
 """Gram matrices of input patches from products of shifted inputs, without unfolding patches.
 
 Two kernel positions t and u meet in a Gram matrix as the sum over output positions of the products
-of the input's channels at the two places that t and u read. Two other positions that lie equally
-far apart give the same products, but for those at the edge of the image: a 3×3 kernel of stride 1
+of the input's channels at the two places that t and u read. Two other positions at the same
+distance give the same products, except for those at the edge of the image: a 3×3 kernel of stride 1
 has 81 pairs of positions and 13 distances (up to a sign). So each distance is multiplied once, in
-cells: the interior, which all its pairs share, and what only some of them contain. With a stride
-the input falls into phases, and pairs share products where their phases agree, too.
+cells: the interior, which all its pairs share, and the parts that only some of them contain. With a
+stride the input falls into phases, and pairs share products where their phases agree, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Pairs:
     """The pairs of kernel positions of one distance, along one axis.
 
     Attributes:
-        distance: what they have in common.
+        distance: their common distance.
         segments: pieces (start, stop) of the first position's phase, in order.
         pairs: (first position, second position, numbers of the segments that it sums over).
     """
@@ -69,7 +69,7 @@ class _Cell:
 
     @property
     def copies(self) -> list[_Copy]:
-        """What the operands are rows of: at most two copies."""
+        """The copies that contain the rows of the operands: at most two."""
         both = [operand.copy for operand in (self.left, self.right) if operand is not None]
         return both if both[:1] != both[1:] else both[:1]
 
@@ -81,7 +81,7 @@ class ShiftedProducts:
         axes: how the layer reads its input; none for a layer that reads single positions.
         groups: g, of the layer.
         channels: c, input channels in each group.
-        device: where the sums are kept.
+        device: device of the sums.
         limit: bytes that rearranged parts of the input may take.
     """
 
@@ -180,7 +180,7 @@ class ShiftedProducts:
         return laid[where].contiguous()
 
     def _copied_values(self) -> int:
-        """Return how many values of an image are copied at a time."""
+        """Return the number of values of an image that are copied at a time."""
 
         def values(copy: _Copy) -> int:
             rows = -(-self._axes[0].size // self._axes[0].stride)
@@ -190,7 +190,7 @@ class ShiftedProducts:
         return max((sum(map(values, cell.copies)) for cell in self._cells), default=0)
 
     def _plan(self) -> None:
-        """Find the cells, and which of them each pair of kernel positions sums over."""
+        """Find the cells, and those over which each pair of kernel positions sums."""
         for pairs in itertools.product(*map(_pairs_by_distance, self._axes)):
             distance = [p.distance for p in pairs]
             opposite = [(second, first, -shift) for first, second, shift in distance]
@@ -238,7 +238,7 @@ def _window(axis: Axis, tap: int) -> tuple[int, int, int]:
 
 
 def _actual(window: tuple[int, int, int], axis: Axis) -> slice:
-    """Return the part of the input that a part (phase, start, stop) of a phase is."""
+    """Return the part of the input for a part (phase, start, stop) of a phase."""
     phase, start, stop = window
     first = start * axis.stride + phase
     return slice(first, max(first, (stop - 1) * axis.stride + phase + 1), axis.stride)

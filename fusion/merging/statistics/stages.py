@@ -1,4 +1,4 @@
-"""Layers in stages: those of one stage do not depend on each other."""
+"""Group layers into stages without dependencies within a stage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def stages(network: nn.Module, layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Return the layers in the order of the forward pass, those that can be worked on together.
+    """Return the layers in the order of the forward pass, grouped into independent stages.
 
-    A layer's stage is the largest number of layers on a path from the input to it: what it reads
-    depends on earlier stages alone, and branches that lie side by side share their stages. A layer
-    that runs several times counts where it runs first. In a network that cannot be traced every
-    layer is a stage of its own. Layers that do not run come last, each on its own.
+    A layer's stage is the largest number of layers on a path from the input to it: its inputs
+    depend on earlier stages alone, and parallel branches share their stages. A layer that runs
+    several times counts where it runs first. In a network that cannot be traced, every layer is a
+    separate stage. Layers that do not run come last, each in a separate stage.
 
     Args:
         network: the network; it is not changed, and may live on the meta device.
@@ -30,7 +30,7 @@ def stages(network: nn.Module, layers: Sequence[Layer]) -> list[list[Layer]]:
     reached = [layer for layer in layers if layer.reached]
     graph = symbolic_graph(without_values(network).eval())
     if isinstance(graph, str):
-        log.info("%s: every layer is a stage of its own, because %s", type(network).__name__, graph)
+        log.info("%s: every layer is a separate stage, because %s", type(network).__name__, graph)
         depths = {layer.weight: number for number, layer in enumerate(reached)}
     else:
         depths = _depths(graph, network, layers)

@@ -1,4 +1,4 @@
-"""Statistics on disk: a folder for each expert, whole or not at all, read tensor by tensor."""
+"""Statistics on disk: one folder per expert, complete or absent, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _VALUES = "values"  # name of the tensor in each file
 
 
 class StoredStatistics(TensorSource):
-    """The statistics of one expert in a folder; each is read when it is asked for.
+    """The statistics of one expert in a folder, each read on access.
 
-    Names are ``<statistic>/<state-dict key>``. Symmetric matrices lie there as upper triangles.
+    Names are ``<statistic>/<state-dict key>``. Symmetric matrices are stored as upper triangles.
 
     Args:
-        folder: where they are.
-        entries: what the index says of each of them.
+        folder: their folder.
+        entries: their entries in the index.
     """
 
     def __init__(self, folder: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -71,12 +71,12 @@ class StoredStatistics(TensorSource):
 def write_statistics(folder: Path, recipe: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write statistics to ``folder``, which appears whole or not at all.
 
-    The caller holds the folder's lock. What was there before, and what a killed process left
-    beside it, is removed.
+    The caller holds the folder's lock. Previous content, and files of a killed process next to it,
+    are removed.
 
     Args:
         folder: where they go.
-        recipe: what decides them.
+        recipe: everything that determines them.
         tensors: names and float64 tensors on any device; taken, written and let go one by one.
     """
     for leftover in folder.parent.glob(f".{folder.name}*"):

@@ -23,7 +23,7 @@ Parts = Sequence[tuple[Group, Entry]]
 
 @dataclass(frozen=True)
 class Roles:
-    """What the axes of a network's tensors stand for.
+    """Roles of the axes of a network's tensors.
 
     Attributes:
         outputs: weight of a convolution or linear layer → the axis of its outputs; all other axes
@@ -39,7 +39,7 @@ class Roles:
     vectors: frozenset[str]
 
     def output_axis(self, key: str, parts: Parts) -> int | None:
-        """Return the axis of a tensor that the merge matrix goes to; all others read features."""
+        """Return the axis of a tensor that the merge matrix acts on; all others read features."""
         if key in self.outputs:
             return self.outputs[key]
         return min((entry.axis for _, entry in parts), default=None)
@@ -50,7 +50,7 @@ def roles_of(model: nn.Module, layers: Sequence[Layer]) -> Roles:
 
     Args:
         model: the network; its values do not matter.
-        layers: its layers, those of functions on plain parameters among them.
+        layers: its layers, including those of functions on plain parameters.
     """
     outputs = {layer.weight: int(layer.kind == "conv_transpose") for layer in layers}
     inner, vectors = set(), set()
@@ -82,8 +82,8 @@ def roles_of(model: nn.Module, layers: Sequence[Layer]) -> Roles:
 def mixable(spec: PermutationSpec, roles: Roles, group: Group) -> bool:
     """Whether any linear map may be put on a group, not only one that merges whole units.
 
-    That takes units which are made and read by convolutions and linear layers alone, up to norms;
-    a depthwise kernel or a gate treats each unit by itself.
+    That requires units which are computed and read by convolutions and linear layers alone, up to
+    norms; a depthwise kernel or a gate treats each unit by itself.
     """
     return not any(
         entry.tensor in roles.inner
@@ -103,7 +103,7 @@ def merged_tensor(
     .. math::
         W = \sum_i M_i^{\mathrm{out}}\, W_i\, U_i^{\mathrm{in}}
 
-    A tensor, or a part of it, that no group of units stands in is the mean.
+    A tensor, or a part of it, without a group of units is the mean.
 
     Args:
         key: its state-dict key.
@@ -124,7 +124,7 @@ def merged_tensor(
         maps = []
         for group, entry in parts:
             basis = bases[group.name]
-            # The sum is a mean of maps: what no group stands in has the same share of each network.
+            # The sum is a mean of maps: parts without a group have the same share of each network.
             merge = basis.merge[i] * len(tensors)
             maps.append((group, entry, merge if entry.axis == out else basis.unmerge[i].T))
         total += _mapped(tensor.double(), maps) / len(tensors)
@@ -140,9 +140,9 @@ def merged_folding(
 ) -> dict[str, Tensor]:
     """Return a layer and its batch norm, merged as the one affine map that they are in evaluation.
 
-    The norm's scale and shift are such that it returns the merged map under the statistics that
-    its input would have if features were merged without loss: measured anew, the statistics bring
-    each channel to that mean and deviation (as REPAIR does, arXiv 2211.08403).
+    The norm's scale and shift are such that it returns the merged map under the statistics that its
+    input would have if features were merged without loss. Measured again, the statistics bring each
+    channel to that mean and deviation (as REPAIR does, arXiv 2211.08403).
 
     Args:
         folding: the layer and its norm.
@@ -204,7 +204,7 @@ def unmerge_matrix(
     Args:
         key: weight of the layer or norm whose output the channels are.
         spec, readers, roles: see :func:`read_tensor`.
-        channels: how many there are.
+        channels: number of channels.
     """
     matrix = torch.eye(channels, dtype=torch.float64)
     axis = roles.outputs.get(key, 0)
@@ -220,7 +220,7 @@ def _units(spec: PermutationSpec, key: str, known: Collection[str]) -> Parts:
 
 
 def _mapped(tensor: Tensor, maps: Sequence[tuple[Group, Entry, Tensor]]) -> Tensor:
-    """Return a tensor with a map of units applied wherever they stand, (size, size) each."""
+    """Return a tensor with a map of units, (size, size) each, applied wherever they occur."""
     shape = tensor.shape
     view = next((entry.view for _, entry, _ in maps if entry.view is not None), None)
     value = tensor.reshape(view or shape)
@@ -250,7 +250,7 @@ def _merged_variances(tensors: Sequence[Tensor], parts: Parts, bases: Bases) -> 
 
 
 def _place(matrix: Tensor, positions: Tensor, part: Tensor) -> None:
-    """Put a map of units where they stand, (size, copies), into a map of a whole axis."""
+    """Insert a map of units at their positions, (size, copies), into a map of a whole axis."""
     for place in positions.unbind(1):
         matrix[place[:, None], place[None, :]] = part
 

@@ -1,4 +1,4 @@
-"""The common basis of a group of units: how features are merged into it, and read out of it."""
+"""The common basis of a group of units: its merge and unmerge matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fusion.alignment.assignment import best_assignment
 
-# Keeps units in place that the features say nothing about.
+# Keeps units in place for which the features have no information.
 STAY = 1e-6
 SPARSE = 20  # from one entry in so many on, a sparse product is faster
 
@@ -34,11 +34,11 @@ class Basis:
 
     @property
     def networks(self) -> int:
-        """How many networks are merged."""
+        """Number of merged networks."""
         return len(self.merge)
 
     def explained(self) -> float:
-        """Return the mean correlation of a unit with what is read out for it, 1 at most.
+        """Return the mean correlation of a unit with its readout, 1 at most.
 
         A feature that does not vary explains nothing.
         """
@@ -89,7 +89,8 @@ def of_permutations(order: Tensor, correlation: Tensor) -> Basis:
     """Return the basis of the mean of networks in one order of their units.
 
     Args:
-        order: (networks, size) int64; place p of network i holds what stood at ``order[i, p]``.
+        order: (networks, size) int64; place p of network i holds the unit that was at ``order[i,
+            p]``.
         correlation: see :class:`Basis`.
     """
     return of_clusters(order.argsort(1), correlation)

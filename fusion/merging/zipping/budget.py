@@ -1,4 +1,4 @@
-"""How much of a network is shared so that all tasks together stay within a budget."""
+"""The cut of a network at which all tasks together stay within a budget."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def choose_cut(
         model: the network; its values do not matter.
         head: its head, which counts neither for the network nor for the tasks.
         example: an input of one image; only its shape matters.
-        tasks: how many tails there are.
+        tasks: number of tails.
         budget: a multiple of one network's multiply-adds, 1 or more.
         dense: whether features are read out by a matrix, which costs multiply-adds as well.
 
     Returns:
-        The cut, ``None`` where everything has to be shared; and what it costs.
+        The cut, ``None`` where everything has to be shared; and its cost.
 
     Raises:
         UserError: the network cannot be traced, or runs a part of its head before its body.
@@ -85,7 +85,7 @@ def _owner(key: str) -> str:
 
 
 class _Counting(fx.Interpreter):
-    """Runs a graph and notes the multiply-adds before each of its nodes."""
+    """Interpreter of a graph that records the multiply-adds before each of its nodes."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)

@@ -18,19 +18,19 @@ def greedy_clusters(
     within_budget: float = 0.0,
     repeat_factor: float = 1.0,
 ) -> Tensor:
-    """Return to which of ``size`` clusters each unit of each network belongs.
+    """Return the cluster, of ``size`` clusters, of each unit of each network.
 
     All units start alone. The two clusters with the highest correlation are merged until as many
     clusters are left as one network has units; two clusters correlate as their least correlated
     pair of units does (ZipIt, arXiv 2305.03053, section 4 and Appendix: its α and β).
 
-    The order of the networks does not matter, but for the numbers of the clusters and between
+    The order of the networks does not matter, except for the numbers of the clusters and between
     pairs of exactly equal correlation; among those, units at the same place come first.
 
     Args:
         correlation: (networks·size, networks·size), the units of the first network first.
         networks: how many networks.
-        within_budget: β: which share of a network's units may be merged into another unit of the
+        within_budget: β: the share of a network's units that may be merged into another unit of the
             same network. 0: a cluster has at most one unit of each network. Where more than two
             networks leave no other merge (three clusters of different pairs of networks), the
             budget is exceeded.

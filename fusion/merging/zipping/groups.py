@@ -27,7 +27,7 @@ BasisKind = Literal["zip", "cca", "permutation"]
 
 @dataclass(frozen=True)
 class Clustering:
-    """How the bases are found.
+    """Options of the bases.
 
     Attributes:
         basis, within_budget, repeat_factor, ridge: see :class:`fusion.method.ZipIt`.
@@ -41,14 +41,14 @@ class Clustering:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What was done to one group of units.
+    """Record of one group of units.
 
     Attributes:
         group: its name.
         size: units of one network.
         how: ``zip``, ``cca``, ``permutation``, or ``in place`` where no features were recorded.
         within: merged features that some network has two units or more in.
-        explained: mean correlation of a unit with what is read out of the merged features for it.
+        explained: mean correlation of a unit with its readout from the merged features.
     """
 
     group: str
@@ -95,7 +95,7 @@ def find_bases(
         roles: of the tensors' axes.
         correlations: group → correlation of the units of all experts, then of the base.
         clustering: how a basis is found.
-        networks: how many experts there are.
+        networks: number of experts.
         has_base: whether the base's units follow the experts'. It is the reference then, else the
             first expert is.
     """
@@ -127,7 +127,7 @@ def find_bases(
 def _basis(
     correlation: Tensor, networks: int, reference: int, clustering: Clustering, *, mix: bool
 ) -> tuple[str, Basis]:
-    """Return how one group is merged, and its basis."""
+    """Return the kind of merge of one group, and its basis."""
     size = len(correlation) // max(networks, reference + 1)
     merged = correlation[: networks * size, : networks * size]
     if clustering.basis == "permutation":
@@ -147,7 +147,7 @@ def _basis(
 
 
 def _nearest(correlation: Tensor, basis: Basis) -> Tensor:
-    """Return which feature each unit of the base is most like: its unmerge matrix, of 0 and 1."""
+    """Return the feature most similar to each unit of the base: its unmerge matrix, of 0 and 1."""
     networks, size = basis.networks, basis.merge.shape[1]
     theirs = correlation[networks * size :, : networks * size].view(size, networks, size)
     theirs = theirs + SAME_PLACE * torch.eye(size).unsqueeze(1)

@@ -41,15 +41,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Zipped:
-    """What zipping makes of the members of a pool.
+    """Result of zipping the members of a pool.
 
     Attributes:
-        state: the merged tensors; of a network that is cut, the trunk's.
+        state: the merged tensors; those of the trunk, for a network that is cut.
         base: the base's head, reading merged features; ``None`` without a base.
         heads: expert → its head, reading merged features.
         cut: where the network is cut, ``None`` where it is merged whole.
-        tails: expert → its own tensors behind the cut, bit for bit, with what reads the merged
-            features out for it; nothing where the network is merged whole.
+        tails: expert → its own tensors behind the cut, bit for bit, with its readout of the merged
+            features; empty where the network is merged whole.
         costs: multiply-adds; ``None`` where no budget was given.
         groups: one record for each group of units.
     """
@@ -66,7 +66,7 @@ class Zipped:
 @checked
 @dataclass(frozen=True)
 class ZipStage:
-    """How experts are merged in a common basis of their features.
+    """Options of merging experts in a common basis of their features.
 
     Attributes:
         basis, within_budget, repeat_factor, ridge, budget, folded: see
@@ -117,7 +117,7 @@ class ZipStage:
         Args:
             members: base and experts.
             modelpool: has the experts as networks, and images.
-            plan: what becomes of the heads.
+            plan: the plan of the heads.
             device: where features are computed.
         """
         network = members.network.eval()
@@ -214,9 +214,9 @@ class ZipStage:
 
 
 def _prepare(model: nn.Module, foldings: Mapping[str, Folding]) -> None:
-    """Make a network ready to be compared, in place: widened, and batch norm folded.
+    """Prepare a network for comparison, in place: widened, and batch norm folded.
 
-    Half precisions are widened so that rounding does not decide which units are alike.
+    Half precisions are widened so that rounding does not decide the similarity of units.
     """
     model.to(working_dtype(model.parameters()))
     for folding in foldings.values():

@@ -1,4 +1,4 @@
-"""What reads a trunk's merged features out for the tail of one expert."""
+"""Readout of a trunk's merged features for the tail of one expert."""
 
 from __future__ import annotations
 
