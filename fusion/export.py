@@ -35,7 +35,7 @@ def export(
         path: the file, with one head or several.
         to: the file to write: ``.safetensors`` or ``.pt`` (a state dict of the original class,
             which ``load_state_dict`` takes) or ``.onnx`` (extra: onnx).
-        task: whose head is taken; may be left out where there is only one.
+        task: the task of the exported head; optional if there is only one.
         shape: of one image, (C, H, W), for ONNX; by default the first common size that fits.
         overwrite: whether ``to`` may be replaced.
 

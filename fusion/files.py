@@ -17,7 +17,7 @@ MODEL = "merged.safetensors"  # the result of a merge, in the folder of its run
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds of waiting for another process before the log says so
+_PATIENCE = 5.0  # seconds of waiting for another process before it is logged
 
 
 @contextmanager

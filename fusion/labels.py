@@ -24,7 +24,7 @@ class LabelSpace:
         task: name of the task, if given.
 
     Raises:
-        UserError: no classes, a class that stands twice, or names and labels of different number.
+        UserError: no classes, a class that occurs twice, or names and labels of different number.
 
     Example::
 

@@ -106,9 +106,9 @@ class NamesTarget(Limit):
 
 NON_EMPTY = Length(least=1)
 Count = Annotated[int, Within(least=1, most=LARGEST)]
-"""How many: 1 or more."""
+"""A count of 1 or more."""
 Whole = Annotated[int, Within(least=0, most=LARGEST)]
-"""How many, or none."""
+"""A count of 0 or more."""
 SampleSize = Annotated[int, Within(least=2, most=LARGEST)]
 """Number of images for statistics; a variance needs two."""
 Units = Annotated[int, Within(least=1, most=2**24)]

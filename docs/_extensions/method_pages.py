@@ -120,7 +120,7 @@ def facts(rule: Rule) -> dict[str, str]:
         "It is folded into the layer before it, so that the rule matches what the norm returns."
         if rule.folded
         else "Scale and shift pass through the rule. Running statistics never do: "
-        "``batch_norm=auto`` measures them anew where the pool has images."
+        "``batch_norm=auto`` measures them again where the pool has images."
     )
     found["Heads"] = (
         "Merged like any layer where all experts have the same classes; kept, one for each task, "

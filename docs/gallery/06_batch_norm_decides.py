@@ -21,8 +21,8 @@ treatments = {
     "interpolate": "mean of the experts'",
     "merge": "mixture of the experts'",
     "repair": "REPAIR",
-    "recalibrate": "measured anew",
-    "recalibrate_per_task": "measured anew, per task",
+    "recalibrate": "measured again",
+    "recalibrate_per_task": "measured again, per task",
 }
 mean = {}
 for treatment in treatments:

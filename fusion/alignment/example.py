@@ -28,7 +28,7 @@ def example_input_for(model: nn.Module, shape: Sequence[int] | None = None) -> T
         shape: of one input, without its batch axis (C, H, W); only checked then, not guessed.
 
     Raises:
-        UserError: the network cannot be traced, or nothing fits; says what was tried.
+        UserError: the network cannot be traced, or no tried shape fits.
     """
     if shape is not None and not _is_shape(shape):
         raise UserError(

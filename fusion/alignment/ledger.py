@@ -102,7 +102,7 @@ class Ledger:
 
     def colour(self, atoms: Tensor, marks: Tensor) -> None:
         """Demand that a symmetry take each atom to one that carries the same marks."""
-        if marks.numel() == 1:  # how often each stands there
+        if marks.numel() == 1:  # number of its occurrences there
             first = int(atoms.min())
             marks = torch.bincount(atoms.flatten() - first)
             atoms = marks.nonzero().flatten() + first

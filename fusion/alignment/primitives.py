@@ -42,8 +42,8 @@ def demote(ledger: Ledger, x: Labels, factor: Tensor, why: str) -> Labels:
 def confine(ledger: Ledger, x: Labels, axes: Axes, why: str) -> Labels:
     """Let no factor change along ``axes``, where every position has a distinct meaning.
 
-    All atoms that stand at one place of the other axes move together (after a pixel shuffle, the
-    channels that make one channel); where there are no other axes, they are fixed.
+    All atoms at one place of the other axes move together (after a pixel shuffle, the channels that
+    make one channel); where there are no other axes, they are fixed.
     """
     for factor in x.factors:
         if support(factor) & axes:
@@ -184,7 +184,7 @@ def _tied(ledger: Ledger, f: Tensor, g: Tensor, where: Tensor) -> tuple[Tensor, 
 
 
 def _rank_among_equals(key: Tensor, value: Tensor) -> Tensor:
-    """Number the values that stand with the same key, in the order of their first position."""
+    """Number the values with the same key, in the order of their first position."""
     if not key.numel() or int(key.max()) + 1 == key.numel():
         return torch.zeros_like(key)
     pairs = numbered([key, value])
@@ -250,7 +250,7 @@ def combined(ledger: Ledger, f: Tensor, g: Tensor) -> bool:
     together[i.flatten(), j.flatten()] = True
     if together.all():
         return True
-    # What belongs to no unit must stand with all.
+    # Elements without a unit must occur with all.
     rest_f, rest_g = of_f != NONE, of_g != NONE
     if not (together[~rest_f].all() and together[:, ~rest_g].all()):
         return False

@@ -17,7 +17,7 @@ class Entry:
 
     Attributes:
         tensor: State-dict key.
-        axis: The axis along which the units stand.
+        axis: The axis of the units.
         positions: (size, k) int64; row i has the k positions of unit i along the axis (k > 1
             after a flatten of k pixels per channel, or for whole blocks).
         rows: First and last-but-one row of axis 0 to which the entry is confined (the rows of one

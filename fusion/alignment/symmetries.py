@@ -88,7 +88,7 @@ def permutation_spec(
 def on_cpu() -> AbstractContextManager[Any]:
     """Return a context in which tensors are made on the CPU."""
     if torch.get_default_device().type == "cpu":
-        return nullcontext()  # the context of a device looks at every call
+        return nullcontext()  # the context of a device intercepts every call
     return torch.device("cpu")
 
 

@@ -182,7 +182,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(**run)
         else:
             result = func(*args, **(kwargs or {}))
-        if not func._schema.is_mutable:  # else of constants, whose values are looked at last
+        if not func._schema.is_mutable:  # else of constants, whose values are checked last
             self.record.calls.append(Call(name, func, arguments, result, self.module))
         return result
 

@@ -72,7 +72,7 @@ def find_units(ledger: Ledger) -> Units:
         inside = np.isin(of_atom, ambiguous)
         mark[inside] = int(column.max()) + 1 + _places(ledger, column, inside)
         twice = np.unique(_repeated(of_atom, mark, is_fixed))
-        fix(twice, "standing twice where its places cannot be told apart")
+        fix(twice, "occurring twice at places that cannot be distinguished")
     demands = _Hashed(of_atom, is_fixed)
     demands.add(of_atom, [mark])
     for k, colouring in enumerate(ledger.colourings):

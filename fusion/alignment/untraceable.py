@@ -21,7 +21,7 @@ class DoesNotFitError(UserError):
 
 
 class ReadsValuesError(Exception):
-    """The forward pass asked for the value of a tensor that has only a shape."""
+    """The forward pass requires the value of a tensor that has only a shape."""
 
 
 class ChangesInPlaceError(Exception):

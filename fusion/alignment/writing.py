@@ -77,7 +77,7 @@ class _Writer:
         return PermutationSpec(groups, self.shapes, self._fixed(), self._coverage(groups))
 
     def _in_column(self, column: Column) -> list[tuple[int, Ints]]:
-        """Return for each group that stands in ``column`` its positions, (size, k)."""
+        """Return the positions of each group in ``column``, (size, k)."""
         of = self.units.of(column.atoms)
         free = np.flatnonzero(~self.units.is_fixed[of])
         unit, mark = of[free], self.units.mark[column.atoms.numpy()][free]

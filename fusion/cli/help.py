@@ -86,7 +86,7 @@ def _group(folders: Sequence[Path], name: str) -> str:
 
 
 def description(file: Path) -> str:
-    """Return the comment that the file begins with; Hydra's own header may stand before it."""
+    """Return the comment that the file begins with; Hydra's own header may precede it."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     first = next((line for line in lines if not line.startswith("# @package")), "")
     return first.lstrip("# ").rstrip() if first.startswith("#") else ""

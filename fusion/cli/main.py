@@ -170,7 +170,7 @@ def _hydra(arguments: list[str]) -> None:
     arguments = checked_arguments(arguments, folder)
     check_files(extra_folders(arguments), arguments)
     register_resolvers()
-    # Hydra then raises instead of printing and exiting: what to say to the user is ours to choose.
+    # Hydra then raises instead of printing and exiting: the message to the user is composed here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *arguments]
     entry = hydra.main(version_base="1.3", config_path=str(folder), config_name=PRIMARY)(job)

@@ -105,7 +105,7 @@ class Summarise(Callback):
 
 @contextmanager
 def _not_only_a_warning() -> Iterator[None]:
-    """End the process on an error in the block: Hydra warns of what a callback raises and goes on.
+    """End the process on an error in the block: Hydra only warns of exceptions in callbacks.
 
     Raises:
         SystemExit: with 2 after a user's mistake, whose message is printed, with 1 otherwise.
@@ -115,7 +115,7 @@ def _not_only_a_warning() -> Iterator[None]:
     except UserError as error:
         tell(error)
     except Exception as error:
-        log.exception("The summary of the sweep failed; make it anew with summarize=FOLDER")
+        log.exception("The summary of the sweep failed; repeat it with summarize=FOLDER")
         raise SystemExit(_FAILED) from error
 
 

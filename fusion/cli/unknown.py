@@ -68,7 +68,7 @@ def known_values(
 
     Args:
         overrides: choices and settings.
-        without: the option that is left out.
+        without: the omitted option.
         config_folder: where the shipped YAML is.
         extra: the folders that a user adds.
     """

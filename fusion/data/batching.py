@@ -81,7 +81,7 @@ def batches(
             "augment: the data set says no augmentation; load it with one, or use augment=false"
         )
     if workers != "auto" and workers < 0:
-        raise UserError(f"workers: {workers} were asked for; give 0 or more, or auto")
+        raise UserError(f"workers: {workers} was given; give 0 or more, or auto")
     if isinstance(dataset, ImageTensors):
         return _tensor_batches(dataset, plan, torch.device(device), seed, augment, rank, world_size)
     shares = [share.tolist() for batch in plan if len(share := batch[rank::world_size])]
@@ -107,7 +107,7 @@ def number_of_batches(
 def _order(dataset: Dataset[Any], *, shuffle: bool, seed: int, limit: int | None) -> Tensor:
     length = check_map_style(dataset)
     if limit is not None and limit < 1:
-        raise UserError(f"limit: {limit} images were asked for; give 1 or more, or none")
+        raise UserError(f"limit: {limit} images were given; give 1 or more, or none")
     if not shuffle:
         return torch.arange(length)[:limit]
     generator = torch.Generator().manual_seed(seed_from(seed, "order"))
@@ -116,7 +116,7 @@ def _order(dataset: Dataset[Any], *, shuffle: bool, seed: int, limit: int | None
 
 def _plan(order: Tensor, batch_size: int, *, drop_last: bool) -> Sequence[Tensor]:
     if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} images were asked for; give 1 or more")
+        raise UserError(f"batch_size: {batch_size} images were given; give 1 or more")
     plan = torch.split(order, batch_size)
     return plan[:-1] if drop_last and len(plan) > 1 and len(plan[-1]) < batch_size else plan
 

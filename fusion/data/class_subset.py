@@ -27,7 +27,7 @@ def ClassSubset(dataset: Dataset[Any], classes: Classes) -> LabelledImages:  # n
 
     ``original_labels`` of the result holds their labels in the full data set, through any number of
     subsets. The subset of :class:`ImageTensors` is :class:`ImageTensors`; that of any other
-    map-style data set reads its images when they are asked for. (A function named like a class, as
+    map-style data set reads its images on access. (A function named like a class, as
     ``threading.Lock`` is: which class it makes depends on the data set.)
 
     Args:

@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 _MODES = {1: "L", 3: "RGB"}
 _FILTERS = {method.name.lower(): method for method in Image.Resampling}
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the size
-# asked for, so that the resampling filter still sees detail that it must remove. 2 is what Pillow
+# requested, so that the resampling filter still sees detail that it must remove. 2 is what Pillow
 # uses for thumbnails; the difference to full decoding is measured in tests/data/test_decoding.py.
 _DRAFT_GAP = 2
 _ORIENTATION = 0x0112  # number of the EXIF tag
@@ -53,7 +53,7 @@ class Decoding:
         interpolation: Pillow's name of the resampling filter, which widens when an image shrinks
             (what torchvision calls antialias).
         draft: decode large JPEG files at a half, a quarter or an eighth of their size where twice
-            the size asked for remains; several times faster, and off by less than one grey level
+            the requested size remains; several times faster, and off by less than one grey level
             in 255 on average.
 
     Raises:
@@ -69,10 +69,10 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
             raise UserError(
-                f"channels: {self.channels} were asked for; images are read with 1 or 3"
+                f"channels: {self.channels} were given; images are read with 1 or 3"
             )
         if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"image_size: {self.image_size} was asked for; give 1 or more, or none")
+            raise UserError(f"image_size: {self.image_size} was given; give 1 or more, or none")
         if self.interpolation not in _FILTERS:
             raise UserError(
                 f"interpolation: there is no '{self.interpolation}'"
@@ -139,7 +139,7 @@ class Decoding:
     def _upright(self, file: Image.Image) -> Image.Image:
         file.load()
         if file.mode.startswith(("I", "F")):
-            raise ValueError(f"its pixels are of kind {file.mode}; save it with 8 bits a channel")
+            raise ValueError(f"its pixels are of kind {file.mode}; save it with 8 bits per channel")
         ImageOps.exif_transpose(file, in_place=True)
         mode = _MODES[self.channels]
         return file if file.mode == mode else file.convert(mode)

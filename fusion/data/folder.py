@@ -100,10 +100,10 @@ def image_folder(
             takes the whole image instead of the resized and cropped one, and the set is not in
             memory then.
         in_memory: keep all pixels in one tensor (:class:`ImageTensors`), or decode each image
-            when it is asked for (:class:`ImageFiles`). ``auto`` keeps up to ``IN_MEMORY_BYTES``,
+            on access (:class:`ImageFiles`). ``auto`` keeps up to ``IN_MEMORY_BYTES``,
             judged by the number of files and the size of the first.
         draft: decode large JPEG files of a set that is not in memory at a reduced size where
-            twice the size asked for remains; see :class:`Decoding`. False decodes them in full.
+            twice the requested size remains; see :class:`Decoding`. False decodes them in full.
 
     Raises:
         UserError: a folder is missing or has no images, an image cannot be read, sizes differ,
@@ -174,11 +174,11 @@ def _transform(
 
 def _class_names(root: Path, wanted: Sequence[str] | None) -> list[str]:
     if not root.is_dir():
-        raise UserError(f"root: there is no folder '{root}'; give one with a sub-folder a class")
+        raise UserError(f"root: there is no folder '{root}'; give one with a sub-folder per class")
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     found = [name for name in found if not name.startswith(".")]
     if not found:
-        raise UserError(f"root: '{root}' has no sub-folders; images are sorted into one a class")
+        raise UserError(f"root: '{root}' has no sub-folders; images are sorted into one per class")
     for name in wanted or ():
         if name not in found:
             raise UserError(

@@ -52,7 +52,7 @@ class ForeignImages(LabelledImages):
 
     @property
     def augments(self) -> bool:
-        """Whether the data set can be asked for augmented images; see :func:`can_augment`."""
+        """Whether the data set can return augmented images; see :func:`can_augment`."""
         return can_augment(self.dataset)
 
     @property

@@ -100,7 +100,7 @@ def glyphs(
     of Bitstream Vera, with changes in the public domain) allows any use of the fonts, and images
     made with them.
 
-    Augmentation, when asked for, shifts by two pixels at most and does not flip.
+    Augmentation, when requested, shifts by two pixels at most and does not flip.
 
     Args:
         script: which characters.

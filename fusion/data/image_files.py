@@ -73,7 +73,7 @@ class ImageFiles(LabelledImages):
         if not files or self.labels.shape != (len(files),):
             raise UserError(
                 f"labels: the shape is {tuple(self.labels.shape)} for {len(files)} files; give at "
-                f"least one file, and one label a file"
+                f"least one file, and one label per file"
             )
         self._check_channels(decoding.channels)
         self.root = Path(root)

@@ -85,7 +85,7 @@ class ImageTensors(LabelledImages):
         return self._with(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device | str) -> ImageTensors:
-        """Return this set on ``device``: itself if it is there already."""
+        """Return this set on ``device``; itself if it is there already."""
         if torch.empty(0, device=device).device == self.images.device:
             return self
         return self._with(self.images.to(device), self.labels.to(device))
@@ -114,6 +114,6 @@ class ImageTensors(LabelledImages):
         if self.labels.shape != self.images.shape[:1]:
             raise UserError(
                 f"labels: the shape is {tuple(self.labels.shape)} for {len(self.images)} images; "
-                f"give one label an image"
+                f"give one label per image"
             )
         self._check_channels(self.images.shape[1])

@@ -80,7 +80,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def augments(self) -> bool:
-        """Whether :meth:`pixels` can be asked for augmented images."""
+        """Whether :meth:`pixels` can return augmented images."""
         return self.augmentation is not None
 
     @property
@@ -145,7 +145,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             )
         if len(set(originals)) != len(originals):
             raise UserError(
-                f"original_labels: {originals} has a label twice; give one different label a class"
+                f"original_labels: {originals} has a label twice; give a different label per class"
             )
         if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(originals):
             raise UserError(

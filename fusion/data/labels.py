@@ -141,7 +141,7 @@ def _as_labels(dataset: Dataset[Any], found: Any, length: int) -> Tensor:
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
         raise UserError(
             f"dataset: the labels of {name} are {str(labels.dtype).removeprefix('torch.')} of "
-            f"shape {tuple(labels.shape)}; give one whole number an image"
+            f"shape {tuple(labels.shape)}; give one whole number per image"
         )
     if len(labels) != length:
         raise UserError(f"dataset: {name} states {len(labels)} labels for {length} images")

@@ -124,7 +124,7 @@ def _pieces(
         num_workers=min(workers, len(pieces)),
         prefetch_factor=_PREFETCH,
         pin_memory=device.type == "cuda",
-        # A generator of its own, or the loader would draw from torch's global one.
+        # A separate generator, or the loader would draw from torch's global one.
         generator=torch.Generator().manual_seed(0),
     )
     for read in loader:

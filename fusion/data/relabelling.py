@@ -20,7 +20,7 @@ from fusion.labels import LabelSpace
 def in_label_space(datasets: Sequence[Dataset[Any]], labels: LabelSpace) -> Dataset[Any]:
     """Return all images of the classes ``labels``, labelled by their place among them.
 
-    Images of other classes are left out. Equal labels of different data sets are never confused:
+    Images of other classes are omitted. Equal labels of different data sets are never confused:
     classes are distinguished by name, or by original label where a data set names none.
 
     Args:
@@ -28,7 +28,7 @@ def in_label_space(datasets: Sequence[Dataset[Any]], labels: LabelSpace) -> Data
         labels: the classes, in the order of a network's outputs.
 
     Raises:
-        UserError: a data set does not say what its classes are, or no data set has images of one
+        UserError: a data set does not name its classes, or no data set has images of one
             of the classes.
     """
     parts: list[LabelledImages] = []

@@ -26,7 +26,7 @@ def digits(
     """Load 8×8 grey images of handwritten digits (UCI Optdigits, through scikit-learn).
 
     The fixed stratified split has 1,087 images for training, 179 for validation, 531 for tests.
-    Augmentation, when asked for, shifts by one pixel at most and does not flip.
+    Augmentation, when requested, shifts by one pixel at most and does not flip.
 
     Args:
         split: which part.

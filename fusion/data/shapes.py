@@ -85,7 +85,7 @@ def renormalised(
     if len(mean) != channels or len(std) != channels:
         raise UserError(
             f"renormalised: {len(mean)} and {len(std)} numbers for images of {channels} channels; "
-            f"give mean and std one number a channel"
+            f"give mean and std one number per channel"
         )
     return changed(images, None, mean=mean, std=std)
 

@@ -36,7 +36,7 @@ def grouped(
     Args:
         dataset: the images.
         groups: name of the group → labels or names of its classes. Images of a class that is in
-            no group are left out.
+            no group are omitted.
 
     Raises:
         UserError: a class is unknown or in two groups, a group has no images, or the name of a
@@ -98,5 +98,5 @@ def _check_new(names: Iterable[str], known: Iterable[str]) -> None:
     if taken:
         raise UserError(
             f"class names: {taken} are classes of the data set, and the new task means something "
-            f"else by them; classes are told apart by their names"
+            f"else by them; classes are distinguished by their names"
         )

@@ -19,7 +19,7 @@ from fusion.errors import UserError
 # Changes pixels (N, C, H, W) in 0..1, given their numbers (N,) in the set that is viewed.
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
-_CHUNK = 1024  # images in memory changed at once: bounds what their float32 copies take
+_CHUNK = 1024  # images in memory changed at once, which bounds the memory of their float32 copies
 
 
 class ImageView(LabelledImages):

@@ -64,7 +64,7 @@ def scores_against_data(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         raise ValueError("no row of the table has a score")
     kinds = [kind for kind in kinds if kind in set(table["data"])]
     places = [kinds.index(kind) for kind in table["data"]]
-    return _drawn(table, places, kinds, "data looked at, beside the networks", None)
+    return _drawn(table, places, kinds, "data used in addition to the networks", None)
 
 
 def _drawn(

@@ -15,7 +15,7 @@ from fusion.figures.study_style import finetuning_order, finetuning_style
 from fusion.figures.style import house_style, new_figure
 
 _WIDTH = 4.6  # inches
-_BAR = 0.115  # inches: the height of a bar that a number of six points fits beside
+_BAR = 0.115  # inches: the height of a bar next to which a number of six points fits
 _GAP = 0.07  # inches between two merges
 _ROOM = 0.16  # of the axis: what a number takes
 _FRAME = 1.0  # inches: legend and axis
@@ -39,7 +39,7 @@ def study_bars(
     Args:
         table: one row per bar with the columns ``name`` (of the merge), ``strategy`` (of the
             fine-tuning), ``column`` and, for several seeds, ``<column>_error``. Rows without a
-            number are left out.
+            number are omitted.
         column: the column to draw.
         label: of the axis, with the unit.
         scale: factor of the numbers.

@@ -79,7 +79,7 @@ class Assembly:
         heads: Mapping[str, Mapping[str, Tensor]],
         own: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> nn.Module:
-        """Return the same as :meth:`network`, made of ``body``, which is changed.
+        """Return the same as :meth:`network`, built from ``body``, which is changed.
 
         Args:
             body: source of missing tensors; if it is on the meta device, so is the result.

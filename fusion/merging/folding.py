@@ -56,7 +56,7 @@ class Folding:
         return {key: tensor.to(widened(tensors[key]).dtype) for key, tensor in state.items()}
 
     def normalised(self, bias: Tensor, mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
-        """Return the tensors beside the weight that keep a folded map x → W x + bias.
+        """Return the tensors that, with the weight, represent a folded map x → W x + bias.
 
         The running statistics become those of the norm's inputs, so that they can be measured again
         on other images.
@@ -69,7 +69,7 @@ class Folding:
         return self._norm(mean, (variance + self.eps).sqrt(), bias + mean)
 
     def of_map(self, weight: Tensor, bias: Tensor, grams: Tensor | None) -> dict[str, Tensor]:
-        """Return the tensors beside the weight that keep a folded map x → W x + bias.
+        """Return the tensors that, with the weight, represent a folded map x → W x + bias.
 
         The running statistics become those of W x, which the norm receives, so that they can be
         measured again on other images.
@@ -110,7 +110,7 @@ class Folding:
 
 
 def find_foldings(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Folding]:
-    """Return, by the layer's name, the batch norms that stand right behind a layer.
+    """Return, by the layer's name, the batch norms directly behind a layer.
 
     Both must run once, as modules, and nothing else may read the layer's output. A network whose
     forward pass cannot be traced has none, because other readers of an output are unknown there.

@@ -56,7 +56,7 @@ class HeadPlan:
 def plan_heads(modelpool: BaseModelPool, head: str = "auto") -> HeadPlan:
     """Plan the heads from the members' classes.
 
-    Two heads serve one label space where their classes are equal and stand in the same order.
+    Two heads serve one label space where their classes are equal and in the same order.
     Shapes decide only where the classes of a member are unknown: such a member is taken to share
     the classes of the members whose heads have the same shape.
 
@@ -173,7 +173,7 @@ def union_space(modelpool: BaseModelPool) -> LabelSpace:
     Otherwise they are the experts' classes alone, see :func:`experts_space`.
 
     Raises:
-        UserError: nobody knows the classes of an expert.
+        UserError: the classes of an expert are unknown.
     """
     found = experts_space(modelpool, head="union")
     base = modelpool.labels(PRETRAINED) if modelpool.has_pretrained else None
@@ -193,7 +193,7 @@ def experts_space(modelpool: BaseModelPool, *, head: str) -> LabelSpace:
         head: the choice that needs them, for the message.
 
     Raises:
-        UserError: nobody knows the classes of an expert.
+        UserError: the classes of an expert are unknown.
     """
     spaces: list[LabelSpace] = []
     unknown = []

@@ -62,7 +62,7 @@ class LayerScorer:
         return self.snr(matrix, groups=record.layer.groups)
 
     def _compare(self, record: LayerRecord, members: Members, base: Mapping[str, Tensor]) -> None:
-        """Compare the experts' changes to one layer: direction, size, and SNR if asked for."""
+        """Compare the experts' changes to one layer: direction, size, and SNR if requested."""
         keys = members.parameters(record.layer)
         vectors = [
             torch.cat([member[key].to(self.device, torch.float64).flatten() for key in keys])

@@ -209,7 +209,7 @@ class Members:
     def chosen(self, choice: LayerChoice, *, with_head: bool) -> Iterator[Chosen]:
         """Yield the tensors that are merged, in the order of the forward pass.
 
-        A tensor that stands under several names comes once, under its first.
+        A tensor with several names is yielded once, under its first.
 
         Args:
             choice: which layers, and the experts' shares.

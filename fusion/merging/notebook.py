@@ -42,7 +42,7 @@ class NotebookTies(Rule):
 
 
 def score(weight: Tensor) -> LayerSNR:
-    """Return the notebook's score as the ``snr`` of a record that knows no noise model."""
+    """Return the notebook's score as the ``snr`` of a record without a noise model."""
     nothing = torch.empty(0, dtype=torch.float64)
     return LayerSNR(notebook_score(weight), 0, float("nan"), float("nan"), nothing)
 

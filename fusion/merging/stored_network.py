@@ -128,7 +128,7 @@ def _contents(
         entries: the tensors, with all their names.
         chosen: those that pass through the rule.
         made: those that are in memory.
-        tasks: task → its experts, where the rule gives each task tensors of its own.
+        tasks: task → its experts, where the rule returns separate tensors for each task.
         stored: the base's tensors.
     """
     names: dict[str, list[FileTensor]] = {tensor.key: [] for tensor in chosen}

@@ -1,4 +1,4 @@
-"""Whether a merge can go from file to file, and whether that pays."""
+"""Conditions for streaming a merge from file to file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str)
     found = []
     name = type(rule).__name__
     if _DATA & rule.needs or rule.statistics:
-        found.append(f"{name} looks at the experts' images (choose another rule)")
+        found.append(f"{name} uses the experts' images (choose another rule)")
     elif rule.affine or rule.folded or rule.sequential:
         found.append(f"{name} merges several tensors together (choose another rule)")
     if treatment not in WITHOUT_IMAGES:
         does = (
-            "looks at the experts' images" if treatment == "grams" else "runs the result on images"
+            "uses the experts' images" if treatment == "grams" else "runs the result on images"
         )
         found.append(f"batch_norm={treatment} {does} (choose batch_norm=merge)")
     stored = {member: modelpool.stored(member) for member in _merged(modelpool)}

@@ -26,7 +26,7 @@ from fusion.weights.threads import threads_over_blocks
 # Entries of a block: half a megabyte of float32 for each member. With fewer, the overhead of calls
 # dominates; more do not fit the cache.
 BLOCK = 1 << 17
-MOST_THREADS = 8  # more do not write faster, and each has blocks of its own
+MOST_THREADS = 8  # more do not write faster, and each has separate blocks
 
 
 class MemberNotFiniteError(Exception):
@@ -118,7 +118,7 @@ class Stream:
         Args:
             writer: the file.
             contents: everything in the file.
-            plan: what the rule made of the whole network.
+            plan: the rule's plan of the whole network.
 
         Raises:
             MemberNotFiniteError: a member has entries that are not.

@@ -431,7 +431,7 @@ class Merge(BaseAlgorithm):
         if self._fabric is not None and self._fabric.world_size > 1:
             obstacles.append(f"{self._fabric.world_size} processes share the run (use one)")
         if self.head == "joint":
-            obstacles.append("head=joint looks at the experts' images (choose head=tasks)")
+            obstacles.append("head=joint uses the experts' images (choose head=tasks)")
         model = modelpool.architecture(modelpool.pretrained_or_first_name)
         treatment = self._treatment(modelpool, model)
         obstacles += obstacles_to_streaming(modelpool, self.rule, treatment)

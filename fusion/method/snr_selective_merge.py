@@ -138,7 +138,7 @@ class SNRSelectiveMerge(Merge):
         self._records: list[LayerRecord] = []
         self._experts: tuple[str, ...] = ()
 
-    # -- what a user looks at --------------------------------------------------------------------
+    # -- results for the user --------------------------------------------------------------------
 
     @property
     def layer_table(self) -> pd.DataFrame:

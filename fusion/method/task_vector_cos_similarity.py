@@ -170,7 +170,7 @@ def _layers(modelpool: BaseModelPool, names: Sequence[str]) -> dict[str, list[in
             for layer in find_layers(modelpool.architecture(PRETRAINED))
         }
     except UserError as error:
-        log.warning("Layers stand in the order of the state dict: %s", error)
+        log.warning("Layers are in the order of the state dict: %s", error)
         found = {}
         for name, at in index.items():
             found.setdefault(name.rpartition(".")[0] or name, []).append(at)

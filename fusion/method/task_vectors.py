@@ -47,7 +47,7 @@ class TaskVectors:
     Attributes:
         base: the weights that they start from.
         experts: name → the weights that they lead to.
-        infos: the tensors that they are made of.
+        infos: the tensors that they consist of.
         positions: the entries of each tensor that count; None for all of them.
     """
 

@@ -44,7 +44,7 @@ def _labelled(pool: BaseModelPool, names: list[str], labels: LabelSpace | None) 
     if len(datasets) > 1:
         raise UserError(
             f"fine-tuning on the data of {', '.join(names)} together needs the classes of the "
-            f"result's outputs, which nobody knows; give the pool's option 'classes'"
+            f"result's outputs, which are unknown; give the pool's option 'classes'"
         )
     only: Dataset[Any] = datasets[0]
     return only

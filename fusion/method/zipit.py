@@ -198,8 +198,8 @@ class ZipIt(Merge):
         total = sum(group.size for group in measured)
         if total:
             explained = sum(group.explained * group.size for group in measured) / total
-            log.info("Zipped %d units in %d groups: a unit correlates by %.3f with what is read "
-                     "out for it, on average", total, len(measured), explained)  # fmt: skip
+            log.info("Zipped %d units in %d groups: a unit correlates by %.3f with its readout, "
+                     "on average", total, len(measured), explained)  # fmt: skip
         for group in zipped.groups:
             if group.how == "in place":
                 log.info(

@@ -100,7 +100,7 @@ def _outputs(path: Path) -> str:
 
 def _classes(labels: LabelSpace | None) -> str:
     if labels is None:
-        return "nobody knows its classes"
+        return "its classes are unknown"
     names = [_plain(name) for name in labels.shown[:_CLASSES]]
     more = f", … ({len(labels)})" if len(labels) > _CLASSES else ""
     return ", ".join(names) + more
@@ -163,7 +163,7 @@ def _made_by(report: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; columns without any text are left out."""
+    """Return a Markdown table; columns without any text are omitted."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in zip(*kept, strict=True)]
     lines = [f"| {' | '.join(row)} |" for row in cells]

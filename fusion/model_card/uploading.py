@@ -43,7 +43,7 @@ def push(folder: str | Path, to: str, *, private: bool = True) -> str:
     refusals: tuple[type[Exception], ...] = (OSError, ValueError, *_network_errors())
     api = hub.HfApi()
     if hub.get_token() is None:
-        raise UserError(f"push: nobody is logged in to the hub; {_LOG_IN}")
+        raise UserError(f"push: no user is logged in to the hub; {_LOG_IN}")
     try:
         api.create_repo(to, private=private, exist_ok=True)
         commit = api.create_commit(to, operations, commit_message=f"Upload {folder.name}")

@@ -56,8 +56,8 @@ class BaseModelPool:
             Several experts may share one task.
         head: modules or tensors that make up the head of the members' architecture; by default
             the last layer of each output, found from the graph.
-        only: names of the experts that take part, all by default; the others are ignored together
-            with their data. Special members are always kept.
+        only: names of the experts that are included, all by default; the others are ignored
+            together with their data. Special members are always kept.
         cards: name of an expert → file of its merge card (:mod:`fusion.merging.cards`): statistics
             of images that are not available here. They replace a pass over its images.
 

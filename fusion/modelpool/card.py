@@ -93,7 +93,7 @@ class Card(TensorSource):
         if digest_weights(weights) != self.note.weights:
             raise UserError(
                 f"the card '{self.path}' belongs to other weights than those of '{name}'; write "
-                f"the card anew, from the weights that are merged"
+                f"the card again, from the weights that are merged"
             )
 
     def info(self, name: str) -> TensorInfo:
@@ -129,7 +129,7 @@ class Card(TensorSource):
             if version != FORMAT:
                 raise UserError(
                     f"the card '{self.path}' has the format {shown(str(version))}, and this "
-                    f"version reads {FORMAT}; write the card anew"
+                    f"version reads {FORMAT}; write the card again"
                 )
             labels = found["labels"]
             return CardNote(

@@ -165,7 +165,7 @@ class Checkpoint(Member):
         return None if self._tasks is not None else self._made(build_unfilled)
 
     def check(self, entry: Entry) -> list[str]:
-        """Return whether the file is there, readable, and fits the architecture."""
+        """Return whether the file exists, is readable, and fits the architecture."""
         try:
             self.stored()
         except UserError as error:

@@ -35,7 +35,7 @@ def inherit(
         parent: the parent's state dict.
         model: the network with fresh weights.
         head: ``rows`` (the parent's rows for the classes wanted), ``fresh`` (``model``'s own) or
-            ``auto`` (rows where the parent knows all classes, or where the classes are unknown and
+            ``auto`` (rows where the parent has all classes, or where the classes are unknown and
             the shapes agree; else fresh).
         named_head: modules or tensors that are the head; by default it is found from the graph.
         known: the parent's classes.

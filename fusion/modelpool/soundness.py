@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from fusion.errors import UserError, first_line
 from fusion.models.layers import without_values
 
-# Hooks of torch.nn.utils that compute a weight before each pass from tensors of their own.
+# Hooks of torch.nn.utils that compute a weight before each pass from separate tensors.
 _COMPUTED = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
@@ -72,7 +72,7 @@ def require_mergeable(name: str, module: nn.Module) -> None:
             device.
 
     Raises:
-        UserError: a parametrization stands between them, or a parameter is complex.
+        UserError: a layer is parametrized, or a parameter is complex.
     """
     for path, part in module.named_modules():
         if torch.nn.utils.parametrize.is_parametrized(part):

@@ -80,7 +80,7 @@ class TrainedModel(Member):
             network's outputs stand for them in this order.
         init_from: name of another member of the pool whose weights training starts from.
         head: origin of the head: ``rows`` (the parent's rows for these classes), ``fresh`` (new
-            weights), ``auto`` (rows where the parent knows all classes, or where the classes are
+            weights), ``auto`` (rows where the parent has all classes, or where the classes are
             unknown and the shapes agree; else fresh).
         epochs, lr, weight_decay, optimizer, batch_size, schedule, augment, channels_last, compile:
             of :func:`fusion.training.fit`.

@@ -73,7 +73,7 @@ def find_cuts(model: nn.Module) -> tuple[Cut, ...]:
 
     That is before any convolution or linear layer, if every value that passes from one side to the
     other is an input or has the channels of one norm or layer (pooling, pointwise functions, sums
-    and products leave channels as they are), and no module stands on both sides.
+    and products leave channels as they are), and no module is on both sides.
 
     Args:
         model: a network that can be traced symbolically; its values do not matter.

@@ -18,7 +18,7 @@ def select_rows(
     """Return the tensors of ``head`` with the rows of some classes only.
 
     Args:
-        state_dict: weights of the network that knows all classes.
+        state_dict: weights of the network with all classes.
         head: its head; every tensor in it has one row for each class, or no rows at all.
         rows: the classes that are kept; row ``k`` of the result is row ``rows[k]`` of the head.
         classes: number of classes of the head.
@@ -41,7 +41,7 @@ def select_rows(
         if tensor.ndim and len(tensor) != classes:
             raise UserError(
                 f"{key} has {len(tensor)} rows and the head {classes} classes, so that its rows "
-                f"cannot be told apart by class; start from a fresh head instead: head=fresh"
+                f"cannot be matched to classes; start from a fresh head instead: head=fresh"
             )
         selected[key] = tensor[list(rows)] if tensor.ndim else tensor.clone()
     return selected

@@ -143,7 +143,7 @@ class Ledger:
         return self._open(_Draft(name, weight, groups, kind), keys)
 
     def open_functional(self, weights: Iterable[str], kind: Kind, groups: int) -> int | None:
-        """Open the layer of a functional call whose weight is made of these tensors.
+        """Open the layer of a functional call whose weight is computed from these tensors.
 
         Returns:
             its number; None where the weight comes from elsewhere (a hypernetwork, an argument).

@@ -75,7 +75,7 @@ def without_values(model: nn.Module, keys: Collection[str] | None = None) -> nn.
 
 
 def with_tensors(model: nn.Module, replaced: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
-    """Return a copy of a model with other tensors in the place of some, wherever these stand.
+    """Return a copy of a model with other tensors in the place of some, wherever these occur.
 
     Args:
         model: the model; everything else in it is copied.

@@ -70,7 +70,7 @@ class MultiTaskNetwork(nn.Module):
             body: a network of the original class; it is not changed. It provides all tensors that
                 are not in ``own``.
             own: task → state-dict keys and tensors of that task alone. Tensors may differ from
-                the body's in shape. A mapping that stands under two tasks is shared by them.
+                the body's in shape. A mapping listed under two tasks is shared by them.
             labels: task → the classes of its outputs.
         """
         shared = copy.deepcopy(body)

@@ -86,15 +86,15 @@ def _drawings(strategies: pd.DataFrame) -> Iterator[Drawing]:
         )
         caption = (
             "Accuracy against the share of layers that is merged. Filled points on a line differ "
-            "in their share alone; hollow ones in something else too."
+            "in their share alone; hollow ones also in other options."
         )
-        yield Drawing("study_share", "How many layers to merge", caption, figure)
+        yield Drawing("study_share", "Number of merged layers", caption, figure)
     if table[["training_seconds", "finetuned_accuracy"]].notna().all(axis=1).any():
         caption = (
-            "Every fine-tuned model by its price and its accuracy. Nothing lies above and to the "
+            "Training time and accuracy of every fine-tuned model. Nothing lies above and to the "
             "left of the Pareto front, whose models are named."
         )
-        yield Drawing("study_pareto", "What a second buys", caption, study_pareto(table))
+        yield Drawing("study_pareto", "Accuracy by training time", caption, study_pareto(table))
     for bars in _AMOUNTS:
         if table[bars.column].notna().any():
             line = None if baseline is None else float(baseline[bars.column])

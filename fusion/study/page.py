@@ -27,7 +27,7 @@ from fusion.study.runs import (
     troubles,
 )
 
-TITLE = "How many layers to merge, which, how – and what it saves"
+TITLE = "Merged layers: number, choice, interpolation and savings"
 QUESTION = (
     "At which share of layers, by which interpolation and ranked how is a merged model as good as "
     "a fine-tuned one, and what does it save?"

@@ -99,7 +99,7 @@ def answer_of(
     """Return how a network answers a task, or ``None`` where it cannot.
 
     A network with several heads answers with the head of the task's name, else with the only head
-    that knows the task's classes, else with all heads together.
+    that has the task's classes, else with all heads together.
 
     Args:
         model: the network.

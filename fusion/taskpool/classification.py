@@ -61,7 +61,7 @@ class ClassificationTaskPool(BaseTaskPool):
     """
 
     preprocessing: Preprocessing | None = None
-    """What the weights expect of images; data that does not say otherwise follows."""
+    """Preprocessing that the weights expect; the default for data without any."""
 
     @checked
     def __init__(
@@ -113,7 +113,7 @@ class ClassificationTaskPool(BaseTaskPool):
         Accuracies and F1 are shares between 0 and 1; the loss is the mean cross-entropy in nats.
 
         Raises:
-            UserError: no task asks only for classes that the model knows, or the model does not
+            UserError: every task has classes that the model lacks, or the model does not
                 return one row of scores per image.
         """
         results = self.evaluate_all({"model": Contestant(lambda: model, labels)})["model"]

@@ -42,7 +42,7 @@ def channel_statistics(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> dict[str, ChannelStatistics]:
-    """Return the statistics of every pre-activation that `repair` looks at, in one pass.
+    """Return the statistics of every pre-activation that `repair` adjusts, in one pass.
 
     These are the statistics of a member that `repair` needs. Measured once, they serve any number
     of repaired networks, as long as these are repaired with the same options.
@@ -78,7 +78,7 @@ class Sample:
         images: how many, at most.
         batch_size: images per batch.
         seed: of the draw.
-        device: where they are wanted.
+        device: device of the yielded images.
     """
 
     data: Images

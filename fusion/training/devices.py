@@ -30,7 +30,7 @@ def make_fabric(options: Mapping[str, Any], *, target: str = FABRIC, prefix: str
     Args:
         options: of ``target``.
         target: import path of the class.
-        prefix: how the user knows the options, such as ``"fabric."``, for the message.
+        prefix: prefix of the options for the user, such as ``"fabric."``, for the message.
 
     Raises:
         UserError: an option is wrong, the machine has no such devices, or several machines are
@@ -61,7 +61,7 @@ def check_loggers(loggers: Any, option: str = "fabric.loggers") -> None:
 
     Args:
         loggers: a mapping with ``_target_``, a list of such, or nothing; or loggers themselves.
-        option: how the user knows it, for the message.
+        option: its name, for the message.
 
     Raises:
         UserError: one is something else, has a wrong option, or needs a package that is missing.

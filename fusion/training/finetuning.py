@@ -216,7 +216,7 @@ def _within(layer: Layer, module: str) -> tuple[str, ...]:
 
 
 def _in_all_networks(model: nn.Module, tensors: Collection[str]) -> set[str]:
-    """Return the state-dict keys of ``model`` that stand for ``tensors`` of each task's network."""
+    """Return the state-dict keys of ``model`` for ``tensors`` of each task's network."""
     if not isinstance(model, MultiTaskNetwork):
         return set(tensors)
     networks = range(len(model.networks))

@@ -44,7 +44,7 @@ def freeze(model: nn.Module, trainable: Iterable[str]) -> Iterator[Frozen]:
     Args:
         model: the network; changed in place and restored afterwards.
         trainable: names of tensors of the state dict (a norm is trained if any of its tensors
-            is named), or of modules, which stand for all tensors inside.
+            is named), or of modules, which include all tensors inside.
 
     Raises:
         UserError: a name is unknown, or no parameter would be trained.
@@ -76,7 +76,7 @@ def freeze(model: nn.Module, trainable: Iterable[str]) -> Iterator[Frozen]:
 
 
 def _tensors(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the state-dict keys that ``names``, of tensors or modules, stand for."""
+    """Return the state-dict keys of ``names`` of tensors or modules."""
     keys = list(model.state_dict())
     modules = {name for name, _ in model.named_modules() if name}
     found: set[str] = set()

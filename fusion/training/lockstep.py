@@ -110,7 +110,7 @@ class HeldBytes(TorchFunctionMode):
     """Counts, while it is active, the bytes of all tensors that were computed and still live.
 
     Args:
-        given: tensors that were there before, and count as well.
+        given: existing tensors, which are counted as well.
     """
 
     def __init__(self, *given: Tensor) -> None:

@@ -57,7 +57,7 @@ def recalibrate_batch_norm(
 
     Returns:
         The number of images used: a last batch of a single image, which has no variance, is
-        left out. 0 for a network without batch norm.
+        dropped. 0 for a network without batch norm.
 
     Raises:
         UserError: ``images`` or ``batch_size`` is below 2, or the data set holds fewer than two.

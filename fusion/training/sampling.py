@@ -25,7 +25,7 @@ def check_sample_size(images: int, batch_size: int) -> None:
     """
     for option, value in (("images", images), ("batch_size", batch_size)):
         if value < 2:
-            raise UserError(f"{option}: {value} was asked for; a variance takes 2 images or more")
+            raise UserError(f"{option}: {value} was given; a variance takes 2 images or more")
 
 
 def check_enough_images(data: Images, what: str) -> None:

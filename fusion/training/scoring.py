@@ -38,7 +38,7 @@ class Scorer:
         self._labels.append(labels + first)
 
     def compute(self, num_classes: int) -> Scores:
-        """Return the scores of everything added; every process must take part."""
+        """Return the scores of everything added; every process must call this."""
         # One update per pass: for small networks an update per batch costs more than the batch.
         from torchmetrics import MeanMetric
         from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score

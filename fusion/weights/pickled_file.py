@@ -77,7 +77,7 @@ def load_pickled(path: Path) -> object:
             is_other = kind.what or "it is a safetensors file; give it the ending .safetensors"
             raise UserError(f"'{path}' is damaged or no file of torch.save: {is_other}")
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what matters of them is told below
+            warnings.simplefilter("ignore", UserWarning)  # the relevant ones are reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind.mappable)
     except UserError:
         raise
@@ -91,7 +91,7 @@ def state_dicts(content: object) -> dict[str, StateDictSource]:
     """Return every mapping in ``content`` that holds tensors, under its dotted path.
 
     The path of ``content`` itself is the empty string. Entries that are not tensors (an epoch, a
-    learning rate) are omitted, and a mapping that stands in several places is returned once.
+    learning rate) are omitted, and a mapping that occurs in several places is returned once.
 
     Example::
 

@@ -32,7 +32,7 @@ from fusion.weights.source import TensorInfo, TensorSource
 class SafetensorsSource(TensorSource):
     """The tensors of a safetensors file; only the header is read until a tensor is accessed.
 
-    Tied tensors stand under each of their names.
+    Tied tensors are listed under each of their names.
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
@@ -106,7 +106,7 @@ def save_safetensors(
         >>> folder.cleanup()
     """
     notes = checked_notes(path, metadata)
-    tensors = dict(tensors)  # a lazy mapping is read once; every tensor keeps an address of its own
+    tensors = dict(tensors)  # a lazy mapping is read once; every tensor keeps a distinct address
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first_name: dict[tuple[object, ...], str] = {}

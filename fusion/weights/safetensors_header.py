@@ -208,7 +208,7 @@ def _is_sizes(value: object) -> TypeGuard[list[int]]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name occurs twice")
     return content
 
 

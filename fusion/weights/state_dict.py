@@ -130,7 +130,7 @@ def state_dict_to_vector(state_dict: StateDict) -> Tensor:
     """Return all floating-point tensors of ``state_dict`` as one flat vector.
 
     Tensors follow each other in key order, each in C order whatever its memory format. Integer
-    buffers are left out. The dtype is the widest one of the tensors, float32 for none.
+    buffers are omitted. The dtype is the widest one of the tensors, float32 for none.
 
     Example::
 
@@ -181,7 +181,7 @@ def vector_to_state_dict(vector: Tensor, like: StateDict) -> dict[str, Tensor]:
 def trainable_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of ``module`` that require a gradient, detached, not copied.
 
-    A parameter that is shared under several names stands under its first one only.
+    A parameter that is shared under several names is listed under its first one only.
 
     Example::
 

@@ -199,7 +199,7 @@ def test_sizes_that_differ_between_pieces_of_a_batch_are_refused(
 
 
 def test_negative_workers_are_refused(numbered: ImageTensors) -> None:
-    with pytest.raises(UserError, match="workers: -1 were asked for"):
+    with pytest.raises(UserError, match="workers: -1 was given"):
         batches(numbered, batch_size=2, workers=-1)
 
 

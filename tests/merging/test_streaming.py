@@ -391,7 +391,7 @@ def test_what_cannot_be_streamed_is_said(written, base, peers, train_digits) -> 
     data = dict.fromkeys(networks, train_digits)
     refused = {
         "align=weights needs whole networks in memory (choose align=null)": {"align": "weights"},
-        "RegMean looks at the experts' images (choose another rule)": {"rule": RegMean()},
+        "RegMean uses the experts' images (choose another rule)": {"rule": RegMean()},
         "batch_norm=recalibrate runs the result on images (choose batch_norm=merge)": {
             "batch_norm": "recalibrate"
         },

@@ -183,7 +183,7 @@ def test_a_hub_that_cannot_be_reached_is_told(folder, kept, monkeypatch) -> None
 
 def test_nobody_is_logged_in(folder, kept, monkeypatch) -> None:
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="nobody is logged in to the hub; log in with 'hf auth"):
+    with pytest.raises(UserError, match="no user is logged in to the hub; log in with 'hf auth"):
         push(folder, "org/name")
     assert not kept.made
 

@@ -152,7 +152,7 @@ def test_unknown_classes_answer_no_task_where_the_tasks_differ(base, net, images
         )
     assert found["open"] == {}
     assert list(found["known"]) == ["digit"]
-    assert "classes of 'open', and the tasks ask for different ones" in caplog.text
+    assert "classes of 'open' are unknown, and the tasks ask for different ones" in caplog.text
     with pytest.raises(UserError, match="the classes of its outputs are unknown"):
         tasks.evaluate(base)
 

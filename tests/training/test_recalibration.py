@@ -97,9 +97,9 @@ def test_a_network_without_batch_norm_is_left_alone(
 
 
 def test_too_few_images_are_refused(make_model: Make, train_digits: ImageTensors) -> None:
-    with pytest.raises(UserError, match="images: 1 was asked for"):
+    with pytest.raises(UserError, match="images: 1 was given"):
         recalibrate_batch_norm(make_model(), train_digits, images=1)
-    with pytest.raises(UserError, match="batch_size: 1 was asked for"):
+    with pytest.raises(UserError, match="batch_size: 1 was given"):
         recalibrate_batch_norm(make_model(), train_digits, batch_size=1)
     model = make_model()
     before = model.body.bn1.running_var.clone()

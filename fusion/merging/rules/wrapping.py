@@ -30,20 +30,20 @@ class WrappingRule(Rule):
 
     @property
     def elementwise(self) -> bool:
-        """Whether the inner rule is."""
+        """As for the inner rule."""
         return self.rule.elementwise
 
     @property
     def affine(self) -> bool:
-        """Whether the inner rule is."""
+        """As for the inner rule."""
         return self.rule.affine
 
     @property
     def folded(self) -> bool:
-        """Whether the inner rule is."""
+        """As for the inner rule."""
         return self.rule.folded
 
     @property
     def sequential(self) -> bool:
-        """Whether the inner rule is."""
+        """As for the inner rule."""
         return self.rule.sequential

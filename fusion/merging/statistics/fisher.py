@@ -78,7 +78,7 @@ class FisherDiagonal:
 
         Args:
             images: (N, …).
-            labels: (N,) numbers of outputs; only read where the true labels are asked for.
+            labels: (N,) numbers of outputs; only read if the true labels are used.
 
         Raises:
             UserError: the network does not return logits, or a label has no output.
@@ -106,7 +106,7 @@ class FisherDiagonal:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        """Run the network; the first time, find out how many examples are differentiated at once.
+        """Run the network; the first time, determine how many examples are differentiated together.
 
         An example takes its gradients and their squares, and the outputs of the layers.
         """

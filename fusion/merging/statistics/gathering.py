@@ -217,7 +217,7 @@ class Sample:
 
 
 def _positions(modelpool: BaseModelPool, name: str) -> Tensor | None:
-    """Return the output that stands for each label of an expert's data, (classes of the data,).
+    """Return the output of each label of an expert's data, (classes of the data,).
 
     ``None`` where the classes of either are unknown, or the network has no output for one of them:
     labels are then taken to be numbers of outputs.

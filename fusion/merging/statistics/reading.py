@@ -145,7 +145,7 @@ def _without_single_taps(
 def reads_as_torch_does(module: nn.Module, values: Tensor, output: Tensor) -> bool:
     """Return whether ``module`` multiplies its weight by its input the way torch's layers do.
 
-    A subclass with a forward pass of its own may pad its input or change its weight first; it is
+    A subclass with a custom forward pass may pad its input or change its weight first; it is
     compared with the class of torch on the first image.
 
     Args:
