@@ -68,9 +68,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
-            raise UserError(
-                f"channels: {self.channels} were given; images are read with 1 or 3"
-            )
+            raise UserError(f"channels: {self.channels} were given; images are read with 1 or 3")
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"image_size: {self.image_size} was given; give 1 or more, or none")
         if self.interpolation not in _FILTERS:

@@ -29,9 +29,7 @@ def obstacles_to_streaming(modelpool: BaseModelPool, rule: Rule, treatment: str)
     elif rule.affine or rule.folded or rule.sequential:
         found.append(f"{name} merges several tensors together (choose another rule)")
     if treatment not in WITHOUT_IMAGES:
-        does = (
-            "uses the experts' images" if treatment == "grams" else "runs the result on images"
-        )
+        does = "uses the experts' images" if treatment == "grams" else "runs the result on images"
         found.append(f"batch_norm={treatment} {does} (choose batch_norm=merge)")
     stored = {member: modelpool.stored(member) for member in _merged(modelpool)}
     if names := [n for n, s in stored.items() if s is None or isinstance(s, ModuleSource)]:
