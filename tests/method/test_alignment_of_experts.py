@@ -201,8 +201,10 @@ def test_activations_take_one_pass_of_each_network(base, strangers, train_digits
     """Without a base the first expert is the reference, and is not compared with itself."""
     from fusion.alignment import agreement
 
-    runs, run = [], agreement._run
-    monkeypatch.setattr(agreement, "_run", lambda *given: (runs.append(len(given[1])), run(*given)))
+    runs, run = [], agreement.run_on
+    monkeypatch.setattr(
+        agreement, "run_on", lambda *given: (runs.append(len(given[1])), run(*given))
+    )
     options = {"batch_norm": "interpolate", "calibration_images": 96, "plot": False}
     for base_too in ({"_pretrained_": base}, {}):
         pool = BaseModelPool(

@@ -30,6 +30,13 @@ class OwnTensors(TaskRule):
             than one pixel in the first and the second half of the depth), ``pointwise`` (kernels
             of one pixel and linear layers), ``affine`` (biases and norm parameters).
         per_task: whether each task gets its network; ``False`` gives the mean.
+
+    Example::
+
+        >>> import torch
+        >>> from fusion.merging.rule import merge_tensor
+        >>> merge_tensor(OwnTensors(kind="late"), [torch.tensor([1.0]), torch.tensor([3.0])])
+        tensor([2.])
     """
 
     kind: TensorKind = "affine"

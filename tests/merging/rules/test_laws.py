@@ -24,6 +24,7 @@ from fusion.merging.rules import (
     MagMax,
     Mean,
     ModelStock,
+    OwnTensors,
     RegMean,
     Slerp,
     TaskArithmetic,
@@ -46,6 +47,7 @@ RULES: dict[str, Rule] = {
     "EMR": EMR(),
     "LiNeS": LiNeS(),
     "LiNeS-RegMean": LiNeS(rule=RegMean(), alpha=0.5),
+    "OwnTensors": OwnTensors(),
     "TSVM": TSVM(),
     "IsoC": IsoC(),
     "IsoCTS": IsoCTS(),
@@ -59,6 +61,7 @@ rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 # n copies of an expert merge to the expert, under these options.
 KEEPS_COPIES = {
     Mean(): "bits",
+    OwnTensors(): "bits",
     Slerp(): "bits",
     Fisher(): "bits",
     RegMean(): "bits",
