@@ -13,9 +13,9 @@ reads it from a piece, for n experts:
 ``piece.statistics["empirical_fisher"]``, (n, *shape), of every parameter:
     the same with y the true label.
 ``piece.statistics["moments"]``, (n, 2, c), of the running mean of a batch norm: mean and variance
-of the norm's inputs. Rules receive no running statistics; those of the result can be computed from
-these moments. ``piece.statistics["classes"]``, (n, k, d + 1), of the weight of a linear head with k
-outputs: the
+    of the norm's inputs. Rules receive no running statistics; those of the result can be computed
+    from these moments.
+``piece.statistics["classes"]``, (n, k, d + 1), of the weight of a linear head with k outputs: the
     mean over images of e_y x̃ᵀ, where e_y is 1 at the label's output and 0 elsewhere, and x̃ the
     features and a 1. Experts with heads of different size have separate ones.
 ``piece.statistics["cross"]``, (n, g, out/g, d + 1), for sequential rules alone: the mean of y x̃ᵀ,
