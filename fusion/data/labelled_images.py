@@ -140,8 +140,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         originals = self.original_labels
         if self.class_names is not None and len(self.class_names) != len(originals):
             raise UserError(
-                f"original_labels: {originals} for {len(self.class_names)} classes; give one "
-                f"different label a class"
+                f"original_labels: {originals} for {len(self.class_names)} classes; give a "
+                f"different label per class"
             )
         if len(set(originals)) != len(originals):
             raise UserError(

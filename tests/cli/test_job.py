@@ -87,6 +87,7 @@ def test_the_configuration_is_kept_resolved(run) -> None:
     assert "${" not in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_second_run_finds_the_members_in_the_cache(run, main_in, tmp_path, capsys) -> None:
     main_in(SNR, *TRIAL, "method.head=union", "method.plot=false", "output_path=again")
     out = capsys.readouterr().out
@@ -169,6 +170,7 @@ class Mine(BaseAlgorithm):
 """
 
 
+@pytest.mark.slow
 def test_side_by_side_jobs_run_a_class_of_the_current_folder(tmp_path, cache, command_in) -> None:
     """`hydra/launcher=joblib`: two workers, three jobs, a folder each, named by its overrides."""
     (tmp_path / "my_module.py").write_text(MINE)

@@ -161,8 +161,8 @@ def test_a_mistake_costs_no_torch(command) -> None:
         f"{DIGITS} fabric.devices=auto fabric.accelerator=cpu",
         f"{DIGITS} fabric.devices='1'",
         "-m modelpool=digits seed=1,2",
-        "modelpool=digits -m seed=1,2",
-        "modelpool=digits seed=1,2 --multirun method=slerp",
+        pytest.param("modelpool=digits -m seed=1,2", marks=pytest.mark.slow),
+        pytest.param("modelpool=digits seed=1,2 --multirun method=slerp", marks=pytest.mark.slow),
         "method=slerp modelpool=digits -m seed=1,2 hydra.verbose=false",
     ],
 )

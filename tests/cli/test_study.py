@@ -136,6 +136,7 @@ def test_a_mistake_in_one_job_is_a_mistake(
     assert table["status"].tolist().count("failed") == 1
 
 
+@pytest.mark.slow
 def test_a_dry_sweep_leaves_nothing(sweep: Sweep, tmp_path: Path) -> None:
     assert sweep("merge=base,lerp_10", "dry_run=true") == 0
     assert not (tmp_path / "out").exists()
@@ -152,6 +153,7 @@ def test_only_the_same_configuration_counts_as_finished(tmp_path: Path) -> None:
         already_finished(tmp_path, config.replace("0.1", "0.2"), overwrite=False)
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_is_resumed_with_another_cache(
     sweep: Sweep, tmp_path: Path
 ) -> None:

@@ -221,7 +221,10 @@ def norms_before_layers() -> nn.Module:
     return models.DenseNet(8, (2, 2), 8, num_classes=4)
 
 
-@pytest.mark.parametrize("build", [depthwise, layer_norms, norms_before_layers])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(depthwise, marks=pytest.mark.slow), layer_norms, norms_before_layers],
+)
 def test_it_comes_nearer_to_the_experts_than_the_average(build: Callable[[], nn.Module]) -> None:
     """Networks with depthwise kernels, layer norms, and norms that stand before their layer."""
     generator = torch.Generator().manual_seed(0)

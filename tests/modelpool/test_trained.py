@@ -405,6 +405,7 @@ def wait_for(word: str, file: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_train_it_once(tmp_path, trainings, equal) -> None:
     other = start(tmp_path, "live")
     wait_for("training", tmp_path / "told", other)

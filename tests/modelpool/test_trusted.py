@@ -148,6 +148,7 @@ def test_a_process_of_its_own_runs_nothing_either(file) -> None:
     assert not Path("canary").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_runs_nothing_either(file) -> None:
     file(ATTACKS["command"])
     done = process("-m", "fusion", *DRY_RUN)
