@@ -37,8 +37,9 @@ class Benchmarked(BaseAlgorithm):
 
     The result is the method with its defaults and recalibrated batch norm. Controls are the same
     under the other treatments of batch norm; the method with its deciding option chosen on
-    validation images, for each treatment that uses images; and the first with an oracle head:
-    logistic regression on all labelled training images, which measures the quality of the features.
+    validation images under the first treatment, with the same number of tries for every method; and
+    the result with an oracle head, logistic regression on all labelled training images, which
+    measures the quality of the features.
 
     A network without running statistics has no treatments; a pool with one task none per task.
 
