@@ -89,7 +89,7 @@ def test_not_one_entry_can_be_left_out(member: Member) -> None:
         assert change > ERROR, f"{spec.groups[g].name}: {spec.groups[g].entries[e]}"
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("noise", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_planted_permutation_is_recovered(member: Member, noise: float) -> None:
     if is_large(member[0]):
         pytest.skip("takes seconds: under the marker slow")

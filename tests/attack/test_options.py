@@ -41,7 +41,7 @@ VALUES: dict[str, object] = {
     "[]": [],
     "{}": {},
 }
-SAMPLE = int(os.environ.get("FUSION_ATTACK_SAMPLE", "40"))
+SAMPLE = int(os.environ.get("FUSION_ATTACK_SAMPLE", "20"))
 WORDS = ("_recursive_", "_args_", "_partial_", "_convert_")
 
 # What a choice takes to be complete; FILES is the folder that `files` makes.

@@ -126,6 +126,7 @@ def test_a_job_that_fails_fails_alone(sweep: Sweep, tmp_path: Path) -> None:
     assert "the disk of &lt;the&gt; machine" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_one_job_is_a_mistake(
     sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,11 @@ def test_an_ascii_terminal_gets_every_word(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [pytest.param("devices=auto", marks=pytest.mark.slow), "devices='1'", "strategy=ddp_spawn"],
+    [
+        pytest.param("devices=auto", marks=pytest.mark.slow),
+        "devices='1'",
+        pytest.param("strategy=ddp_spawn", marks=pytest.mark.slow),
+    ],
 )
 def test_one_process_however_it_is_asked_for(main_in, tmp_path, option) -> None:
     main_in(*RUN, f"fabric.{option}")

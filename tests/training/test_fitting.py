@@ -222,6 +222,7 @@ if fabric.is_global_zero:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
