@@ -13,7 +13,7 @@ from torch import nn
 
 from fusion.labels import LabelSpace
 from fusion.method import BaseAlgorithm
-from fusion.method.benchmark_controls import ensemble_of
+from fusion.method.ensemble import ensemble_of
 from fusion.modelpool import BaseModelPool
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool, Contestant
 

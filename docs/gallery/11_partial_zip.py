@@ -7,22 +7,11 @@ multiply-adds only the first layers are merged, and each task keeps the last lay
 Between one network and both of them lies a curve.
 """
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 import fusion
-from fusion.cli.job import register_resolvers
-from fusion.config_folder import config_folder
 from fusion.figures.style import COLORS, house_style, new_figure
 from fusion.models import MultiTaskNetwork, cost_of
-from fusion.target import build
 
-register_resolvers()
-with initialize_config_dir(str(config_folder()), version_base="1.3"):
-    config = compose("fusion_bench", overrides=["modelpool=digits_split", "taskpool=digits_split"])
-pool, tasks = (
-    build(OmegaConf.to_container(config[key], resolve=True)) for key in ("modelpool", "taskpool")
-)
+pool, tasks = fusion.load_modelpool("digits_split"), fusion.load_taskpool("digits_split")
 
 # %%
 # Zipped under growing budgets, and both networks side by side. The units of a network may be merged

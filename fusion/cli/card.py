@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion.cli.folders import extra_folders
+from fusion.cli.plain_options import flag
 from fusion.errors import UserError
 
 ALL = "all"
@@ -30,8 +31,7 @@ def write_cards(arguments: Sequence[str]) -> None:
             "card needs an expert and a file: card=NAME modelpool=POOL to=NAME.card.safetensors "
             "(card=all to=FOLDER writes those of all experts)"
         )
-    if own.get("overwrite", "false") not in ("true", "false"):
-        raise UserError(f"overwrite={own['overwrite']}: give true or false")
+    overwrite = flag(own, "overwrite", default=False)
     options: dict[str, Any] = {
         name: _number(name, own[name]) for name in ("images", "batch_size") if name in own
     }
@@ -51,7 +51,6 @@ def write_cards(arguments: Sequence[str]) -> None:
     files = {
         name: Path(own["to"]) if one else Path(own["to"]) / f"{name}{SUFFIX}" for name in names
     }
-    overwrite = own.get("overwrite") == "true"
     options |= {"seed": values["seed"], "device": own.get("device", "cpu")}
     for name, file in files.items():
         check_card(pool, name, file, overwrite=overwrite)

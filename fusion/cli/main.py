@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from fusion.cli.plain_options import flag, given_options
 from fusion.config_folder import config_folder
-from fusion.errors import UserError, suggestion
+from fusion.errors import UserError
 
 PRIMARY = "fusion_bench"
 SUMMARIZE = "summarize="
@@ -108,13 +109,13 @@ def _summarize(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     """Write a merged network, or one task of it, as a plain network."""
-    given = _given("export", arguments, _EXPORT_OPTIONS)
+    given = given_options("export", arguments, _EXPORT_OPTIONS)
     if not given["export"] or not given.get("to"):
         raise UserError("export needs two files: export=merged.safetensors to=plain.safetensors")
     sizes = given.get("shape", "").strip("[]").replace(",", " ").split()
     if not all(size.isdecimal() for size in sizes):
         raise UserError(f"shape={given['shape']}: give three sizes, such as shape=[3,224,224]")
-    overwrite = _flag(given, "overwrite", default=False)
+    overwrite = flag(given, "overwrite", default=False)
     from fusion.export import export
 
     written = export(
@@ -129,32 +130,13 @@ def _export(arguments: list[str]) -> None:
 
 def _push(arguments: list[str]) -> None:
     """Upload a run to the Hugging Face hub."""
-    given = _given("push", arguments, _PUSH_OPTIONS)
+    given = given_options("push", arguments, _PUSH_OPTIONS)
     if not given["push"] or not given.get("to"):
         raise UserError("push needs a run's folder and a repository: push=FOLDER to=user/name")
-    private = _flag(given, "private", default=True)
+    private = flag(given, "private", default=True)
     from fusion.model_card import push
 
     sys.stdout.write(f"Uploaded {push(given['push'], given['to'], private=private)}\n")
-
-
-def _given(verb: str, arguments: Sequence[str], options: Sequence[str]) -> dict[str, str]:
-    """Return option → value of a command that composes no configuration."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    for name in given:
-        if name not in options:
-            raise UserError(
-                f"{verb} has no option '{name}'{suggestion(name, options)} (options: "
-                f"{', '.join(options)})"
-            )
-    return given
-
-
-def _flag(given: Mapping[str, str], name: str, *, default: bool) -> bool:
-    value = given.get(name, str(default).lower())
-    if value not in ("true", "false"):
-        raise UserError(f"{name}={value}: give true or false")
-    return value == "true"
 
 
 def _hydra(arguments: list[str]) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fusion.merging.batch_norm import Calibration, recalibrate, repair_mean, statistics_keys
+from fusion.merging.batch_norm import (
+    Calibration,
+    recalibrate,
+    recalibrate_tasks,
+    repair_mean,
+    statistics_keys,
+)
 from fusion.merging.gram_statistics import statistics_from_grams
 from fusion.merging.heads import HeadPlan, merged_heads, task_labels
 from fusion.merging.members import LayerChoice, Members, choice_of
@@ -149,15 +155,7 @@ class Assembly:
         if self.treatment in ("recalibrate", "recalibrate_per_task"):
             head = self.members.head
             norms = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if apart or m in head]
-            for task, names in tasks.items() if norms else ():
-                recalibrate(
-                    network.for_task(task),
-                    self.modelpool,
-                    self.fabric,
-                    self.calibration,
-                    names=names,
-                    norms=norms,
-                )
+            recalibrate_tasks(network, self.modelpool, self.fabric, self.calibration, norms)
         return network
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fusion.errors import UserError
 from fusion.modelpool import BaseModelPool
+from fusion.models import MultiTaskNetwork
 from fusion.options import SampleSize, Seed, checked
 from fusion.training import MemberStatistics, channel_statistics, recalibrate_batch_norm, repair
 from fusion.weights import weighted_mean, widened
@@ -190,6 +191,26 @@ def recalibrate(
         norms=norms,
     )
     return model.to(home)
+
+
+def recalibrate_tasks(
+    network: MultiTaskNetwork,
+    modelpool: BaseModelPool,
+    fabric: Fabric,
+    calibration: Calibration,
+    norms: Collection[str],
+) -> None:
+    """Recompute statistics of each task's network on the images of its own experts, in place.
+
+    Args:
+        network: the network of all tasks of the pool.
+        modelpool, fabric, calibration: see :func:`recalibrate`.
+        norms: names of the norms that are recomputed, within a task's network.
+    """
+    for task, names in modelpool.tasks.items() if norms else ():
+        recalibrate(
+            network.for_task(task), modelpool, fabric, calibration, names=names, norms=norms
+        )
 
 
 def member_statistics(

@@ -20,13 +20,13 @@ from fusion.merging.layer_scores import Ranking
 from fusion.merging.rules import Mean, OwnTensors
 from fusion.merging.rules.own_tensors import TensorKind
 from fusion.method.base import BaseAlgorithm
+from fusion.method.ensemble import ensemble_of
 from fusion.method.merge import Merge
 from fusion.method.presets import algorithm
 from fusion.method.training_data import training_data
 from fusion.modelpool import BaseModelPool, TrainedModel
 from fusion.models import cost_of
 from fusion.options import Count, Seed, Share, checked
-from fusion.taskpool import Ensemble
 from fusion.training import fit
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,6 @@ class BenchmarkControls(BaseAlgorithm):
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the simple average; the other networks are controls."""
         self._average.fabric, self._average.progress = self.fabric, self.progress
-        self._pool = modelpool
         with quiet():
             return self._networks(modelpool)
 
@@ -80,10 +79,9 @@ class BenchmarkControls(BaseAlgorithm):
         conditions = {"merged": {"track": "average", **cost(result, modelpool)}}
         self.report.update(benchmarked="controls", conditions=conditions)
         for name in modelpool.model_names:
-            self._add(
-                f"{EXPERT}{name}", partial(modelpool.load_model, name), modelpool.labels(name)
-            )
-        self._add(ENSEMBLE, partial(ensemble_of, modelpool))
+            load = partial(modelpool.load_model, name)
+            self._add(modelpool, f"{EXPERT}{name}", load, modelpool.labels(name))
+        self._add(modelpool, ENSEMBLE, partial(ensemble_of, modelpool))
         if modelpool.has_pretrained:
             self._merged(BASE, modelpool, "task_arithmetic", scale=0.0)
             for ranking in get_args(Ranking):
@@ -98,7 +96,7 @@ class BenchmarkControls(BaseAlgorithm):
                 rule = {"_target_": f"{OwnTensors.__module__}.OwnTensors", "kind": kind}
                 self._merged(f"{OWN}{kind}", modelpool, "merge", per_task=True, rule=rule)
         if (joint := self._joint(modelpool, result)) is not None:
-            self._add(JOINT, lambda: joint)
+            self._add(modelpool, JOINT, lambda: joint)
         return result
 
     def result_labels(self, modelpool: BaseModelPool) -> LabelSpace | None:
@@ -106,11 +104,15 @@ class BenchmarkControls(BaseAlgorithm):
         return self._average.result_labels(modelpool)
 
     def _add(
-        self, name: str, make: Callable[[], nn.Module], labels: LabelSpace | None = None
+        self,
+        modelpool: BaseModelPool,
+        name: str,
+        make: Callable[[], nn.Module],
+        labels: LabelSpace | None = None,
     ) -> None:
         self.controls[name] = make
         condition = self.report["conditions"].setdefault(name, {"track": name})
-        condition |= cost(make(), self._pool)
+        condition |= cost(make(), modelpool)
         if labels is not None:
             self.record.labels[name] = labels
 
@@ -123,21 +125,15 @@ class BenchmarkControls(BaseAlgorithm):
         per_task: bool = False,
         **options: Any,
     ) -> None:
-        """Merge by a method immediately, and name the result."""
         treatment = "recalibrate_per_task" if per_task else "auto"
-        made = algorithm(method, batch_norm=treatment, seed=self.seed, **options)
-        made.fabric, made.progress = self.fabric, self.progress
-        start = time.perf_counter()
-        network = made.run(modelpool)
-        self.report["conditions"][name] = {
-            "track": name,
-            "batch_norm": treatment,
-            "seconds": time.perf_counter() - start,
-        }
-        self._add(name, lambda: network, made.result_labels(modelpool))
+        options |= {"batch_norm": treatment, "seed": self.seed}
+        seconds = self._run(name, modelpool, method, **options)
+        self.report["conditions"][name] |= {"batch_norm": treatment, "seconds": seconds}
 
     def _ranked(self, name: str, modelpool: BaseModelPool, ranking: str, seed: int) -> None:
-        made = algorithm(
+        self._run(
+            name,
+            modelpool,
             "snr_selective_merge",
             rank_by=ranking,
             top_p=self.top_p,
@@ -145,9 +141,16 @@ class BenchmarkControls(BaseAlgorithm):
             align=False,
             seed=seed,
         )
+
+    def _run(self, name: str, modelpool: BaseModelPool, method: str, **options: Any) -> float:
+        """Merge by a method immediately and name the result; return the seconds that it took."""
+        made = algorithm(method, **options)
         made.fabric, made.progress = self.fabric, self.progress
+        start = time.perf_counter()
         network = made.run(modelpool)
-        self._add(name, lambda: network, made.result_labels(modelpool))
+        seconds = time.perf_counter() - start
+        self._add(modelpool, name, lambda: network, made.result_labels(modelpool))
+        return seconds
 
     def _joint(self, modelpool: BaseModelPool, average: nn.Module) -> nn.Module | None:
         """Return a network trained on all tasks at once by the experts' recipe.
@@ -200,16 +203,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def ensemble_of(pool: BaseModelPool) -> Ensemble:
-    """Return all experts of a pool as one ensemble."""
-    names = pool.model_names
-    return Ensemble(
-        {name: pool.load_model(name) for name in names},
-        {name: pool.labels(name) for name in names},
-        {name: pool.task(name) for name in names},
-    )
 
 
 def _fresh(network: nn.Module, seed: int) -> nn.Module:

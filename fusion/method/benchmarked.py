@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,6 @@ from torch import nn
 
 from fusion.labels import LabelSpace
 from fusion.merging.batch_norm import Calibration, statistics_keys
-from fusion.merging.members import Members
 from fusion.merging.rule import Need
 from fusion.method.base import BaseAlgorithm
 from fusion.method.benchmark_controls import BenchmarkControls, cost, quiet
@@ -227,7 +227,7 @@ class Benchmarked(BaseAlgorithm):
     def _with_oracle_head(self, result: nn.Module, modelpool: BaseModelPool) -> nn.Module:
         network = copy.deepcopy(result)
         data = training_data(network, self, modelpool)
-        head = Members.read(modelpool).head.tensors
+        head = modelpool.head.tensors
         if isinstance(network, MultiTaskNetwork):
             assert isinstance(data, Mapping)
             networks = {task: network.for_task(task) for task in network.tasks}
@@ -261,14 +261,8 @@ def _needs(algorithm: BaseAlgorithm) -> set[Any]:
 
 
 def _disjoint(labels: Mapping[str, LabelSpace | None]) -> bool:
-    """Return whether the classes of all tasks are known and no class is in two of them."""
+    """Return whether the classes of all tasks are known and none stands in two of them."""
     spaces = [space for space in labels.values() if space is not None]
-    if len(spaces) < len(labels):
-        return False
-    return not any(
-        space.covers(other.select([place]))
-        for space in spaces
-        for other in spaces
-        if other is not space
-        for place in range(len(other))
+    return len(spaces) == len(labels) and all(
+        one.is_disjoint(other) for one, other in itertools.combinations(spaces, 2)
     )

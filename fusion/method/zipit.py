@@ -10,7 +10,7 @@ from torch import nn
 
 from fusion.errors import UserError
 from fusion.merging.assembly import Assembly
-from fusion.merging.batch_norm import recalibrate, statistics_keys
+from fusion.merging.batch_norm import recalibrate, recalibrate_tasks, statistics_keys
 from fusion.merging.heads import HeadChoice, merged_heads, task_labels
 from fusion.merging.rule import Need
 from fusion.merging.rules import Mean
@@ -172,16 +172,8 @@ class ZipIt(Merge):
         plan = dataclasses.replace(assembly.plan, kind="tasks")
         network = MultiTaskNetwork.assemble(cut, own, task_labels(plan, assembly.modelpool))
         others = [m.rpartition(".")[0] for m, _ in statistics_keys(body) if m not in trunk]
-        if self._measures_tails and others:
-            for task, names in assembly.modelpool.tasks.items():
-                recalibrate(
-                    network.for_task(task),
-                    assembly.modelpool,
-                    self.fabric,
-                    self.calibration,
-                    names=names,
-                    norms=others,
-                )
+        if self._measures_tails:
+            recalibrate_tasks(network, assembly.modelpool, self.fabric, self.calibration, others)
         return network
 
     def _write(self, zipped: Zipped) -> None:

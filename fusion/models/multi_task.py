@@ -159,12 +159,10 @@ class MultiTaskNetwork(nn.Module):
     def own_layer(self) -> str | None:
         """Return the name of the linear layer if the tasks differ in that layer alone."""
         layers = {key.rpartition(".")[0] for key in self.own_keys()}
-        name = next(iter(layers), None)
-        if len(layers) != 1 or not isinstance(
-            self.networks[0].get_submodule(name or ""), nn.Linear
-        ):
+        if len(layers) != 1:
             return None
-        return name
+        name = layers.pop()
+        return name if isinstance(self.networks[0].get_submodule(name), nn.Linear) else None
 
     def own_keys(self) -> tuple[str, ...]:
         """Return the state-dict keys, within a task's network, of what is not shared by all."""

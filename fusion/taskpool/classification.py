@@ -182,10 +182,11 @@ class ClassificationTaskPool(BaseTaskPool):
                     )
                     for question, classes in questions.items()
                 }
-                several = isinstance(network, MultiTaskNetwork) and network.own_layer() is not None
-                examinees.append(
-                    Examinee(name, device, answers, network if several else None)  # type: ignore[arg-type]
-                )
+                several = None
+                # The further heads cost next to nothing; the tails of a cut network would not.
+                if isinstance(network, MultiTaskNetwork) and network.own_layer() is not None:
+                    several = network
+                examinees.append(Examinee(name, device, answers, several))
             start = 0  # of the task's classes among all
             for task, classes in spaces.items() if examinees else ():
                 self._pose(task, classes, examinees, everything, start)
