@@ -24,6 +24,7 @@ from omegaconf.errors import (
 from fusion.annotations import misfit
 from fusion.cli import sweep
 from fusion.cli.folders import extra_folders
+from fusion.cli.freed_memory import keep_freed_memory
 from fusion.cli.mistakes import explain, limit_of_machine, tell
 from fusion.cli.unknown import known_values, through_reference
 from fusion.config_folder import config_folder
@@ -129,6 +130,7 @@ def _run(values: dict[str, Any], folder: Path) -> None:
 def _run_program(values: Mapping[str, Any], folder: Path, text: str) -> None:
     from fusion.program import FusionProgram  # imports torch
 
+    keep_freed_memory()
     FusionProgram(
         method=values.get("wrapper") or values["method"],
         modelpool=values["modelpool"],
