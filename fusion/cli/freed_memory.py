@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     The GNU C library returns the memory of a large tensor to the system as soon as it is freed, and
     the system clears every page of the next one: for small networks on a CPU as much work as the
-    convolutions (``scripts/benchmark_freed_memory.py``). Other C libraries are left alone, and so are
-    settings of the user's (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``).
+    convolutions (``scripts/benchmark_freed_memory.py``). Other C libraries are left alone, and so
+    are settings of the user's (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``).
     """
     users = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ)
     if users or not sys.platform.startswith("linux"):

@@ -48,7 +48,8 @@ class Benchmarked(BaseAlgorithm):
         name: name of the method.
         choices: method → its deciding option → the values tried. A method without an entry is
             measured at its defaults alone.
-        variants: method → name of a condition → options, each measured under the first treatment.
+        variants: method → name of a condition → options, each measured under the first treatment,
+            with the deciding option chosen for the variant, in as many tries.
         common: options of all methods that have them, such as ``align`` for separately trained
             networks.
         treatments: of the running statistics, in the order of the report.
@@ -116,10 +117,7 @@ class Benchmarked(BaseAlgorithm):
         if self.grid:
             self._chosen(modelpool, treatments, conditions)
         for variant, options in self.variants.items():
-            algorithm = configured(
-                self.method, self.name, **{**self._options(treatments[0]), **options}
-            )
-            self._condition(algorithm, modelpool, variant, treatments[0], conditions)
+            self._variant(variant, options, modelpool, treatments[0], conditions)
         if self.oracle:
             start = time.perf_counter()
             network = self._with_oracle_head(result, modelpool)
@@ -147,20 +145,44 @@ class Benchmarked(BaseAlgorithm):
         conditions: dict[str, dict[str, Any]],
     ) -> None:
         """Choose the deciding option under the first treatment, and measure it under each."""
-        split: Literal["val", "train"] = "val" if modelpool.has_data("val") else "train"
         first, *others = [t for t in treatments if t.startswith("recalibrate")] or treatments[:1]
-        search = Search(
-            method=self.method, options=self.grid, fixed=self._options(first), split=split
-        )
+        search = self._search(self._options(first), modelpool)
         self._condition(search, modelpool, CHOSEN, first, conditions)
         chosen = search.report["chosen"]
         for treatment in others:
             algorithm = configured(self.method, self.name, **self._options(treatment), **chosen)
             self._condition(algorithm, modelpool, CHOSEN, treatment, conditions)
-        labels = sum(len(data) for data in _datasets(modelpool, split))
         for treatment in (first, *others):
-            condition = conditions[f"{CHOSEN}, {treatment}"]
-            condition.update(chosen=chosen, labels=condition["labels"] + labels)
+            self._count_choice(conditions[f"{CHOSEN}, {treatment}"], modelpool, chosen)
+
+    def _variant(
+        self,
+        variant: str,
+        options: Mapping[str, Any],
+        modelpool: BaseModelPool,
+        treatment: str,
+        conditions: dict[str, dict[str, Any]],
+    ) -> None:
+        """Measure a variant, its deciding option chosen anew where the method has one."""
+        fixed = {**self._options(treatment), **options}
+        if not self.grid:
+            algorithm = configured(self.method, self.name, **fixed)
+            self._condition(algorithm, modelpool, variant, treatment, conditions)
+            return
+        search = self._search(fixed, modelpool)
+        self._condition(search, modelpool, variant, treatment, conditions)
+        condition = conditions[f"{variant}, {treatment}"]
+        self._count_choice(condition, modelpool, search.report["chosen"])
+
+    def _search(self, fixed: Mapping[str, Any], modelpool: BaseModelPool) -> Search:
+        split = _split_of_choice(modelpool)
+        return Search(method=self.method, options=self.grid, fixed=fixed, split=split)
+
+    def _count_choice(
+        self, condition: dict[str, Any], modelpool: BaseModelPool, chosen: Mapping[str, Any]
+    ) -> None:
+        labels = sum(len(data) for data in _datasets(modelpool, _split_of_choice(modelpool)))
+        condition.update(chosen=chosen, labels=condition["labels"] + labels)
 
     def _condition(
         self,
@@ -253,6 +275,10 @@ def _datasets(modelpool: BaseModelPool, split: str) -> list[Any]:
         return []
     images = modelpool.images(split=split)
     return list(images.values()) if isinstance(images, Mapping) else [images]
+
+
+def _split_of_choice(modelpool: BaseModelPool) -> Literal["val", "train"]:
+    return "val" if modelpool.has_data("val") else "train"
 
 
 def _needs(algorithm: BaseAlgorithm) -> set[Any]:

@@ -61,7 +61,6 @@ def test_each_condition_is_the_method_with_these_options(modelpool, data) -> Non
     for name, options in {
         "defaults, recalibrate_per_task": {"batch_norm": "recalibrate_per_task"},
         "defaults, merge": {"batch_norm": "merge"},
-        "rows normalised, recalibrate": {"batch_norm": "recalibrate", "normalise_rows": True},
     }.items():
         assert_same(method.controls[name](), fusion.merge(modelpool, "task_arithmetic", **options))
     conditions = method.report["conditions"]
@@ -69,6 +68,10 @@ def test_each_condition_is_the_method_with_these_options(modelpool, data) -> Non
     assert chosen in CHOICES["task_arithmetic"]["scale"]
     again = fusion.merge(modelpool, "task_arithmetic", scale=chosen, batch_norm="recalibrate")
     assert_same(method.controls["chosen, recalibrate"](), again)
+    scale = conditions["rows normalised, recalibrate"]["chosen"]["scale"]  # chosen for the variant
+    variant = {"batch_norm": "recalibrate", "normalise_rows": True, "scale": scale}
+    other = fusion.merge(modelpool, "task_arithmetic", **variant)
+    assert_same(method.controls["rows normalised, recalibrate"](), other)
     per_task = {"batch_norm": "recalibrate_per_task", "scale": chosen}
     other = fusion.merge(modelpool, "task_arithmetic", **per_task)
     assert_same(method.controls["chosen, recalibrate_per_task"](), other)

@@ -147,11 +147,11 @@ def _tally(table: pd.DataFrame, name: str) -> str:
 def _variants(measured: Measured, prefix: str, methods: Sequence[str]) -> Iterator[str]:
     rows = measured.methods
     variants = rows[rows["track"].astype(str).str.startswith(prefix)]
+    usual = at_its_best(measured)  # as a variant: its option chosen where the method has one
     if methods:
         variants = variants[variants["method"].isin(methods)]
     for method, group in variants.groupby("method", sort=False):
-        usual = under(rows[rows["method"] == method], RECALIBRATE, DEFAULTS)
-        table = compare(group, usual, name="track")
+        table = compare(group, usual[usual["method"] == method], name="track")
         for setting, found in table.groupby("setting", sort=False):
             yield f"{method} on {setting}, against its usual form: {_by_verdict(found)}."
 

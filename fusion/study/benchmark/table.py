@@ -178,7 +178,7 @@ def _conditions(
                 "batch_norm": told.get("batch_norm"),
                 "needs": ", ".join(sorted(needs, key=_place)) or NOTHING,
                 "group": max(needs, key=_place, default=NOTHING),
-                "data": _data(needs, str(told.get("track")), str(told.get("batch_norm"))),
+                "data": _data(needs, told),
                 **_scores(tasks, complete=name.startswith(EXPERT) or experts.keys() <= {*results}),
                 "joint": results.get(JOINT, {}).get("accuracy"),
                 "calibration_error": _mean(
@@ -225,10 +225,11 @@ def _place(need: str) -> int:
     return NEEDS.index(need) if need in NEEDS else len(NEEDS)
 
 
-def _data(needs: Sequence[str], track: str, treatment: str) -> str:
+def _data(needs: Sequence[str], condition: Mapping[str, Any]) -> str:
     """Return what data a condition looks at: of its method, its choice and its batch norm."""
-    if track in (CHOSEN, ORACLE) or "labelled images" in needs:
+    is_fitted = condition.get("chosen") or condition.get("track") in (CHOSEN, ORACLE)
+    if is_fitted or "labelled images" in needs:
         return LABELS
-    if treatment.startswith(RECALIBRATE) or "images without labels" in needs:
+    if str(condition.get("batch_norm")).startswith(RECALIBRATE) or "images without labels" in needs:
         return IMAGES
     return NO_DATA
