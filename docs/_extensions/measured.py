@@ -31,15 +31,26 @@ class Table:
         return [row for row in self.rows if re.match(rf"`?{method}(?![\w-])", row[0])]
 
 
-def tables(markdown: str) -> Iterator[Table]:
-    """Yield the tables of a page that a command makes."""
+def first_command(markdown: str) -> str:
+    """Return the first command of a page."""
+    return " ".join(_COMMAND.findall(markdown)[0].split())
+
+
+def tables(markdown: str, *, command: str = "") -> Iterator[Table]:
+    """Yield the tables of a page that a command makes.
+
+    Args:
+        markdown: the page.
+        command: what makes the tables under a heading without a command.
+    """
     title, text, lines = "", "", []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("|"):
             lines.append(_cells(line))
             continue
-        if lines and (commands := _COMMAND.findall(text)):
-            yield Table(title, " ".join(commands[-1].split()), lines[0], lines[2:])
+        made_by = " ".join([command, *_COMMAND.findall(text)][-1].split())
+        if lines and made_by:
+            yield Table(title, made_by, lines[0], lines[2:])
         lines = []
         if heading := _HEADING.match(line):
             title, text = heading[1], ""

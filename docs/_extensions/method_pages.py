@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import tables
+from measured import Table, first_command, tables
 
 from fusion.config_folder import config_folder
 from fusion.merging import MatrixRule, Need, Rule, TaskRule
@@ -15,7 +15,8 @@ from fusion.method.presets import method_names, paper, preset, summary
 from fusion.target import build
 
 FOLDER = "methods"
-TABLES = Path(__file__).parent.parent / "methods.md"
+DOCS = Path(__file__).parent.parent
+TABLES = (DOCS / "benchmark_results.md", DOCS / "methods.md")
 GROUPS = {
     "From the weights alone": "These need no data, only the members of the pool.",
     "From weights and images": "These also look at some of the experts' training images.",
@@ -136,24 +137,41 @@ def facts(rule: Rule) -> dict[str, str]:
 
 
 def measured(name: str) -> list[str]:
-    """Return the rows of a method in the tables of :doc:`/methods`, with what makes them."""
-    lines: list[str] = []
-    for table in tables(TABLES.read_text(encoding="utf-8")):
-        rows = table.of(name)
-        if not rows:
-            continue
-        lines += [f"{plain(table.title)} (``{table.command}``):", ""]
+    """Return the rows of a method in the tables of :data:`TABLES`, with what makes them."""
+    found: dict[tuple[str, tuple[str, ...]], list[tuple[str, list[str]]]] = {}
+    for table in measured_tables():
+        rows = [(table.title, row) for row in table.of(name)]
+        if rows:
+            found.setdefault((table.command, tuple(table.heads)), []).extend(rows)
+    if not found:
+        return []
+    about = (
+        "When does it help? :doc:`/benchmark_results` and :doc:`/methods` have these numbers "
+        "beside those of the other methods."
+    )
+    lines = [*heading("Measured", "-"), "", about, ""]
+    for (command, heads), rows in found.items():
+        titles = list(dict.fromkeys(title for title, _ in rows))
+        if len(titles) > 1:  # alike tables of several settings: a row per setting
+            caption, heads = "", ("setting", *heads[1:])
+            cells = [[title, *row[1:]] for title, row in rows]
+        else:
+            caption, cells = f"{plain(titles[0])} ", [row for _, row in rows]
+        lines += [f"{caption}(``{command}``):", ""]
         lines += [".. list-table::", "   :header-rows: 1", "   :class: measured", ""]
-        for row in (table.heads, *rows):
+        for row in (heads, *cells):
             first, *others = (plain(cell.replace("`", "")) for cell in row)
             lines += [f"   * - {first}", *(f"     - {cell}".rstrip() for cell in others)]
         lines.append("")
-    if not lines:
-        return []
-    about = (
-        "When does it help? :doc:`/methods` has these numbers beside those of the other methods."
-    )
-    return [*heading("Measured", "-"), "", about, "", *lines]
+    return lines
+
+
+def measured_tables() -> Iterator[Table]:
+    """Yield all tables of :data:`TABLES`; one command makes those of the benchmark."""
+    for file in TABLES:
+        text = file.read_text(encoding="utf-8")
+        command = first_command(text) if file.stem == "benchmark_results" else ""
+        yield from tables(text, command=command)
 
 
 def options(name: str, rule: Rule | None) -> list[str]:

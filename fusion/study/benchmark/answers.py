@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from fusion.study.benchmark.comparison import (
+    BASE,
     SIMPLE_AVERAGE,
     against_simple_average,
     against_task_arithmetic,
@@ -27,6 +28,7 @@ from fusion.study.benchmark.statistics import (
     LEVEL,
     MARGIN,
     UNDECIDED,
+    VERDICTS,
     WORSE,
     mean_ranks,
     standard_error,
@@ -54,7 +56,7 @@ KERNELS, NORMALISED = "kernel ", "rows normalised"  # what their tracks begin wi
 SPECTRAL = ("task_singular_vectors", "iso_c")
 ZIPPED, PERMUTED = "zipit", "git_rebasin"
 _OWN, _PER_TASK, _RANKED, _RANDOM = "own ", "average per task", "ranked by ", "ranked by random"
-_JOINT_TRAINING, _ENSEMBLE, _BASE = "joint training", "ensemble", "base"
+_JOINT_TRAINING, _ENSEMBLE = "joint training", "ensemble"
 _SMALL_GAP = 1.0  # points: of a smaller gap no share is computed
 
 
@@ -135,13 +137,12 @@ def _against(table: pd.DataFrame, reference: pd.DataFrame, name: str) -> Iterato
 
 def _tally(table: pd.DataFrame, name: str) -> str:
     """Return in how many settings each method is better, equivalent, worse and undecided."""
-    kinds = (BETTER, EQUIVALENT, WORSE, UNDECIDED)
     counts = table.groupby(["name", "verdict"]).size().unstack(fill_value=0)
-    counts = counts.reindex(columns=kinds, fill_value=0)
+    counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
     counts = counts.sort_values([BETTER, EQUIVALENT, WORSE], ascending=[False, False, True])
     told = [f"{method} {' / '.join(str(n) for n in row)}" for method, *row in counts.itertuples()]
     settings = table["setting"].nunique()
-    return f"Over {settings} settings, against {name}, {' / '.join(kinds)}: {', '.join(told)}."
+    return f"Over {settings} settings, against {name}, {' / '.join(VERDICTS)}: {', '.join(told)}."
 
 
 def _variants(measured: Measured, prefix: str, methods: Sequence[str]) -> Iterator[str]:
@@ -207,7 +208,7 @@ def _head_sentence(setting: str, name: str, means: pd.DataFrame) -> str:
 
 def _zipped(measured: Measured) -> Iterator[str]:
     best = at_its_best(measured)
-    best = best[~best["setting"].isin(control(measured, _BASE)["setting"])]
+    best = best[~best["setting"].isin(control(measured, BASE)["setting"])]
     zipped, permuted = (best[best["method"] == name] for name in (ZIPPED, PERMUTED))
     table = compare(zipped, permuted, tasks=measured.tasks, one_family=True)
     for _, row in table.iterrows():

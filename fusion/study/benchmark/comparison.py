@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 
 from fusion.study.benchmark.statistics import (
     MARGIN,
+    VERDICTS,
     holm,
     paired_difference,
     score_error_bounds,
@@ -22,6 +25,7 @@ from fusion.study.benchmark.table import (
 )
 
 TASK_ARITHMETIC, SIMPLE_AVERAGE = "task_arithmetic", "simple_average"
+BASE = "base"  # the control of this name: only settings whose networks have a base have it
 _MEASURED = ("accuracy", "expert", "images")
 COLUMNS = (
     "setting", "name", "pairs", "mean", "error", "p", "p_holm", "p_equivalence",
@@ -191,6 +195,38 @@ def against_simple_average(measured: Measured) -> pd.DataFrame:
     best = at_its_best(measured)
     others = best[best["method"] != SIMPLE_AVERAGE]
     return compare(others, simple_average(measured), tasks=measured.tasks)
+
+
+def overview(measured: Measured) -> pd.DataFrame:
+    """Return a row per method: what it gains over the simple average, at its best.
+
+    Columns: ``score`` and ``gain`` are means over the settings whose networks have one base,
+    ``gain_apart`` over those of networks trained apart (missing where the method was not measured),
+    and the number of settings under each verdict. Means over different settings are no numbers to
+    compare: a method that is missing in one setting of a kind has none for that kind.
+    """
+    based = {*control(measured, BASE)["setting"]}
+    kinds = {"gain": based, "gain_apart": {*measured.settings} - based}
+    best, table = at_its_best(measured), against_simple_average(measured)
+    score = best.groupby(["method", "setting"], sort=False)["score"].mean()
+    gain = table.set_index(["name", "setting"])["mean"]
+    verdicts = table.groupby(["name", "verdict"]).size().unstack(fill_value=0)
+    rows = {}
+    for method in best["method"].unique():
+        row = {"score": _mean_over(score, method, based)}
+        for column, settings in kinds.items():
+            row[column] = _mean_over(gain, method, settings) if method in verdicts.index else np.nan
+        rows[method] = row
+    found = pd.DataFrame.from_dict(rows, orient="index")
+    return found.join(verdicts.reindex(columns=list(VERDICTS), fill_value=0))
+
+
+def _mean_over(values: pd.Series[float], method: str, settings: Collection[str]) -> float:
+    """Return the mean over settings; missing where one of them is."""
+    found = values[values.index.get_level_values(0) == method].droplevel(0)
+    if not settings or not {*settings} <= {*found.dropna().index}:
+        return np.nan
+    return float(found[sorted(settings)].mean())
 
 
 def shared_block(rows: pd.DataFrame) -> pd.DataFrame:

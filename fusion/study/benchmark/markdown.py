@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fusion.study.benchmark.answers import Answer
-from fusion.study.benchmark.comparison import against_task_arithmetic, at_its_best, under
+from fusion.study.benchmark.comparison import (
+    against_task_arithmetic,
+    at_its_best,
+    groups,
+    overview,
+    under,
+)
+from fusion.study.benchmark.statistics import VERDICTS
 from fusion.study.benchmark.table import (
     CHOSEN,
     DEFAULTS,
@@ -35,11 +42,23 @@ LEGEND = (
     "with the mean over the seeds and its standard error between them. Batch norm is recalibrated "
     "where a column does not say otherwise."
 )
+OVERVIEW = (
+    "Each method with batch norm recalibrated, and with its option chosen where it has one. Score "
+    "and gain over the simple average are means over the settings, the gain also over those of "
+    "networks trained apart; the verdicts against the simple average are counted over all settings."
+)
 
 
-def markdown(measured: Measured, answers: Sequence[Answer]) -> str:
-    """Return the answers and, per setting, a row per method and per control."""
-    parts = ["# Benchmark\n"]
+def markdown(measured: Measured, answers: Sequence[Answer], *, command: str) -> str:
+    """Return the overview, the answers and, per setting, a row per method and per control.
+
+    Args:
+        measured: what the runs measured.
+        answers: to the benchmark's questions.
+        command: what reproduces the sweep.
+    """
+    parts = ["# Benchmark\n", f"`{command}`\n", f"{OVERVIEW}\n"]
+    parts += [_table(overview_lines(measured)), "## Answers\n"]
     for answer in answers:
         parts.append(f"**{answer.name}. {answer.question}**\n")
         parts.append("\n".join(f"- {sentence}" for sentence in answer.sentences) + "\n")
@@ -63,6 +82,21 @@ def ordered(methods: pd.DataFrame) -> list[str]:
         for _, row in rows.iterrows()
     }
     return sorted(keys, key=keys.__getitem__)
+
+
+def overview_lines(measured: Measured) -> list[list[str]]:
+    """Return head, rule and a row per method: what it gains over all settings."""
+    table = overview(measured)
+    needs = groups(measured)
+    lines = [["method", "needs", "score", "gain", "gain, trained apart", *VERDICTS]]
+    lines.append(["---", "---", *["---:"] * (len(lines[0]) - 2)])
+    for method in ordered(measured.methods):
+        row = table.loc[method]
+        numbers = [mean_and_error(pd.Series([row["score"]]))]
+        numbers += [ABSENT if pd.isna(row[c]) else signed(row[c]) for c in ("gain", "gain_apart")]
+        counts = [ABSENT if pd.isna(row[v]) else f"{row[v]:.0f}" for v in VERDICTS]
+        lines.append([method, needs[method], *numbers, *counts])
+    return lines
 
 
 def _methods(measured: Measured, setting: str, best: pd.DataFrame, against: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ from fusion.study.benchmark.comparison import (
     simple_average,
 )
 from fusion.study.benchmark.drawing import SCORES
-from fusion.study.benchmark.markdown import LEGEND, versus
+from fusion.study.benchmark.markdown import LEGEND, OVERVIEW, overview_lines, versus
 from fusion.study.benchmark.statistics import LEVEL, MARGIN, standard_error
 from fusion.study.benchmark.table import CONTROLS, Measured
 from fusion.study.benchmark.words import mean_and_error, plus_minus, signed
@@ -30,6 +30,7 @@ from fusion.study.runs import FINISHED, Run
 
 TITLE = "Benchmark of merging methods"
 CONTROL = "control"
+_WORDS = 2  # columns of the overview that are words: method and needs
 _OPEN, _FIRST = 4, 2  # sentences: shown without a click; of more, those that are
 
 # Filters: data attribute → column of the conditions, and what stands above the choice.
@@ -96,6 +97,7 @@ def page(
     heads = [head_element(title, words=True) for title in words]
     numbers = [columns[0].title, *against, *(column.title for column in columns[1:]), "seeds"]
     heads += [head_element(title, words=False) for title in numbers]
+    overview_heads, _, *overview_rows = overview_lines(measured)
     template = files("fusion.study.benchmark").joinpath("page.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(
         style=part("page.css"),
@@ -103,6 +105,11 @@ def page(
         title=escape(TITLE),
         counts=escape(_counts(measured)),
         trouble=trouble_element(runs),
+        overview_legend=escape(OVERVIEW),
+        overview_heads="".join(
+            head_element(title, words=place < _WORDS) for place, title in enumerate(overview_heads)
+        ),
+        overview_rows="\n".join(_overview_row(line) for line in overview_rows),
         answers="\n".join(_answer(answer) for answer in answers),
         figures="\n".join(figure_element(d) for d in drawn if not d.stem.startswith(SCORES)),
         settings="\n".join(
@@ -155,6 +162,14 @@ def _answer(answer: Answer) -> str:
         items = "".join(f"<li>{escape(sentence)}</li>" for sentence in rest)
         text += f"<details><summary>{len(rest)} more</summary><ul>{items}</ul></details>"
     return f"{text}</section>"
+
+
+def _overview_row(line: Sequence[str]) -> str:
+    words = "".join(
+        f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
+        for text in line[:_WORDS]
+    )
+    return f"<tr>{words}{''.join(_cell(_first(text), text) for text in line[_WORDS:])}</tr>"
 
 
 def _filter(name: str, title: str, values: Iterable[str]) -> str:
@@ -240,9 +255,9 @@ def _cell(value: float | None, text: str) -> str:
     return f'<td data-value="{"" if value is None else repr(value)}">{escape(text)}</td>'
 
 
-def _first(verdict: str) -> float | None:
-    """Return the number that a verdict begins with, to sort by it."""
-    return None if verdict == ABSENT else float(verdict.split()[0].rstrip(",").replace("−", "-"))
+def _first(text: str) -> float | None:
+    """Return the number that a cell begins with, such as that of a verdict, to sort by it."""
+    return None if text == ABSENT else float(text.split()[0].rstrip(",").replace("−", "-"))
 
 
 def _about(runs: Sequence[Run]) -> dict[str, str]:

@@ -32,7 +32,7 @@ def report(folder: Path, runs: Sequence[Run], *, command: str) -> tuple[str, lis
     found = measured(runs)
     answered = answers(found)
     write_text(folder / TABLE, found.csv())
-    write_text(folder / MARKDOWN, markdown(found, answered))
+    write_text(folder / MARKDOWN, markdown(found, answered, command=command))
     drawn = list(drawings(found))
     files = [folder / TABLE, folder / MARKDOWN]
     for drawing in drawn:

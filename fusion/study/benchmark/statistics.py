@@ -21,6 +21,7 @@ from statsmodels.stats.weightstats import ttost_paired
 MARGIN = 0.5  # points: a difference that nobody needs to care about
 LEVEL = 0.05  # of every test
 BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
+VERDICTS = (BETTER, EQUIVALENT, WORSE, UNDECIDED)  # in the order of tables
 
 
 @dataclass(frozen=True)
