@@ -28,7 +28,7 @@ from omegaconf.errors import (
 )
 
 from fusion.cli.folders import choices, extra_folders
-from fusion.cli.unknown import known_values, no_option
+from fusion.cli.unknown import composition_error, known_values, no_option
 from fusion.cli.yaml_files import default_place, first_fault
 from fusion.elsewhere import choice_hint
 from fusion.errors import UserError, shown, suggestion
@@ -127,6 +127,10 @@ def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> 
         return _no_choice(error, arguments, config_folder)
     if missing := re.match(r"You must specify '([^']+)'", message):
         options = re.findall(r"^\t(\S+)", message, flags=re.MULTILINE)
+        chosen = [*arguments, f"{missing[1]}={options[0]}"]
+        other = composition_error(chosen, config_folder)  # the choice may be an experiment's
+        if other is not None and f"'{missing[1]}." not in str(other):
+            return explain(other, chosen, config_folder)
         return f"choose a {missing[1]}: {missing[1]}=NAME, one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", message):
         key, at, _ = unknown[1].partition("@")

@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fusion.cli.composing import composing
@@ -72,20 +72,34 @@ def known_values(
         config_folder: where the shipped YAML is.
         extra: the folders that a user adds.
     """
-    rest = [o for o in overrides if _key(o) != without and "," not in o]
-    if extra:
-        folders = ",".join(f"file://{folder.absolute()}" for folder in extra)
-        rest.append(f"hydra.searchpath=[{folders}]")
     found: dict[str, Any] = {
         str(p.relative_to(config_folder)): None for p in config_folder.rglob("*") if p.is_dir()
     }
     try:
-        with composing(config_folder):
-            config = compose("fusion_bench", overrides=rest, return_hydra_config=True)
+        config = _composed([o for o in overrides if _key(o) != without], config_folder, extra)
         _add(found, OmegaConf.to_container(config, resolve=False), "")
     except _UNREADABLE:  # more than one thing is wrong: the groups are still known
         pass
     return found
+
+
+def composition_error(arguments: Sequence[str], config_folder: Path) -> Exception | None:
+    """Return what is wrong with the arguments apart from the values of a sweep, if anything."""
+    overrides = get_args_parser().parse_args(list(arguments)).overrides
+    try:
+        _composed(overrides, config_folder, extra_folders(arguments))
+    except _UNREADABLE as error:
+        return error
+    return None
+
+
+def _composed(overrides: Sequence[str], config_folder: Path, extra: Sequence[Path]) -> DictConfig:
+    rest = [o for o in overrides if "," not in o]
+    if extra:
+        folders = ",".join(f"file://{folder.absolute()}" for folder in extra)
+        rest.append(f"hydra.searchpath=[{folders}]")
+    with composing(config_folder):
+        return compose("fusion_bench", overrides=rest, return_hydra_config=True)
 
 
 def _key(override: str) -> str:

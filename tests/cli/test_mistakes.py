@@ -34,6 +34,8 @@ MISTAKES = [
     (f"{DIGITS} --multirn", "did you mean '--multirun'?"),
     (f"{DIGITS} --cfg jb", "invalid choice: 'jb'"),
     ("method=dummy", "choose a modelpool: modelpool=NAME, one of "),
+    ("method=dummy modelpool.lr=1", "choose a modelpool: modelpool=NAME, one of "),
+    ("experiment=benchmark cache_dir=x", "no option 'cache_dir'; here it is path.cache_dir=VALUE"),
     ("modelpool=null", "modelpool=null: a run needs a modelpool"),
     (f"{DIGITS} method=null", "a run needs a method; method=dummy merges nothing"),
     (f"{DIGITS} ~method", "a run needs a method"),
