@@ -95,8 +95,15 @@ class Benchmarked(BaseAlgorithm):
             self._as_it_is.check_pool(modelpool)
             return
         configured(self.method, self.name).check_pool(modelpool)
-        for treatment in self._treatments(modelpool):
+        treatments = self._treatments(modelpool)
+        for treatment in treatments:
             configured(self.method, self.name, **self._options(treatment)).check_pool(modelpool)
+        for options in ({}, *self.variants.values()):
+            fixed = {**self._options(treatments[0]), **options}
+            if self.grid:
+                self._search(fixed, modelpool).check_pool(modelpool)
+            else:
+                configured(self.method, self.name, **fixed).check_pool(modelpool)
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the network under the first condition; the others are controls."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import fusion
 from fusion.data import ClassSubset, ImageTensors
-from fusion.errors import NotApplicableError
+from fusion.errors import NotApplicableError, UserError
 from fusion.method import BenchmarkControls, Benchmarked
 from fusion.method.presets import preset
 from fusion.modelpool import BaseModelPool, TrainedModel
@@ -82,6 +82,19 @@ def test_each_condition_is_the_method_with_these_options(modelpool, data) -> Non
     assert set(conditions) == {"merged", *method.controls}
     assert all(c["parameters"] > 0 and c["multiply_adds"] > 0 for c in conditions.values())
     assert method.report["needs"] == ["a pretrained model"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"choices": {"task_arithmetic": {"scal": [0.1, 0.2]}}},
+        {"choices": {"task_arithmetic": {"scale": [0.1, "wide"]}}},
+        {"variants": {"task_arithmetic": {"rows normalised": {"normalize_rows": True}}}},
+    ],
+)
+def test_a_wrong_choice_is_found_before_any_work(modelpool, wrong) -> None:
+    with pytest.raises(UserError, match="scal|normali[sz]e_rows"):
+        benchmarked("task_arithmetic", **wrong).check_pool(modelpool)
 
 
 def test_the_oracle_head_changes_the_heads_alone(modelpool, data) -> None:
