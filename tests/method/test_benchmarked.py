@@ -93,7 +93,7 @@ def test_each_condition_is_the_method_with_these_options(modelpool, data) -> Non
     ],
 )
 def test_a_wrong_choice_is_found_before_any_work(modelpool, wrong) -> None:
-    with pytest.raises(UserError, match="scal|normali[sz]e_rows"):
+    with pytest.raises(UserError, match=r"scal|normali[sz]e_rows"):
         benchmarked("task_arithmetic", **wrong).check_pool(modelpool)
 
 
