@@ -27,7 +27,8 @@ from fusion.training.head_refit import refit_heads
 
 log = logging.getLogger(__name__)
 
-Treatment = Literal["recalibrate", "recalibrate_per_task", "merge", "pretrained"]
+Treatment = Literal["recalibrate", "recalibrate_per_task", "merge"]
+WITHOUT_STATISTICS = "pretrained"  # of networks without running statistics: nothing to treat
 DEFAULTS, CHOSEN = "defaults", "chosen"
 ORACLE = "oracle head"
 
@@ -226,12 +227,13 @@ class Benchmarked(BaseAlgorithm):
 
     def _treatments(self, modelpool: BaseModelPool) -> list[str]:
         if not statistics_keys(modelpool.architecture(modelpool.pretrained_or_first_name)):
-            return ["pretrained"]
+            return [WITHOUT_STATISTICS]
         several = len(modelpool.tasks) > 1
         return [t for t in self.treatments if several or t != "recalibrate_per_task"]
 
     def _options(self, treatment: str) -> dict[str, Any]:
-        return {**self.common, "batch_norm": treatment, "seed": self.seed}
+        chosen = "auto" if treatment == WITHOUT_STATISTICS else treatment
+        return {**self.common, "batch_norm": chosen, "seed": self.seed}
 
     def _looked_at(self, modelpool: BaseModelPool, treatment: str) -> dict[str, int]:
         """Return how many ``images`` and ``labels`` a condition looks at, at most.

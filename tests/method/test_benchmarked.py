@@ -17,7 +17,7 @@ from fusion.errors import NotApplicableError, UserError
 from fusion.method import BenchmarkControls, Benchmarked
 from fusion.method.presets import preset
 from fusion.modelpool import BaseModelPool, TrainedModel
-from fusion.models import MultiTaskNetwork
+from fusion.models import CifarResNet, MultiTaskNetwork
 from fusion.taskpool import ClassificationTaskPool, Contestant, Ensemble
 from fusion.weights import tensors_of
 
@@ -121,6 +121,19 @@ def test_a_method_that_needs_a_base_does_not_apply_without_one(modelpool, expert
     aligned.run(apart)
     assert aligned.report["conditions"]["merged"]["batch_norm"] == "recalibrate"
     assert benchmarked("git_rebasin", common={"align": "weights"}).common == {}
+
+
+@pytest.mark.parametrize("name", ["zipit", "task_arithmetic", "layerwise_least_squares"])
+def test_a_network_without_running_statistics_has_no_treatment(name, data) -> None:
+    networks = {
+        member: CifarResNet(8, classes, in_channels=1, width=0.5, norm="group").eval()
+        for member, classes in (("_pretrained_", 10), ("a", 4), ("b", 6))
+    }
+    pool = BaseModelPool(networks, train_datasets=data, val_datasets=data)
+    method = benchmarked(name, oracle=False)
+    method.check_pool(pool)
+    assert isinstance(method.run(pool), nn.Module)
+    assert {c["batch_norm"] for c in method.report["conditions"].values()} == {"pretrained"}
 
 
 def test_the_controls_are_what_they_are_called(modelpool, experts) -> None:
