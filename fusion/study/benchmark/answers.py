@@ -136,23 +136,34 @@ def _against(table: pd.DataFrame, reference: pd.DataFrame, name: str) -> Iterato
 
 
 def _tally(table: pd.DataFrame, name: str) -> str:
-    """Return in how many settings each method is better, equivalent, worse and undecided."""
+    """Return in how many settings each is better, equivalent, worse and undecided, and its mean."""
     counts = table.groupby(["name", "verdict"]).size().unstack(fill_value=0)
     counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
     counts = counts.sort_values([BETTER, EQUIVALENT, WORSE], ascending=[False, False, True])
-    told = [f"{method} {' / '.join(str(n) for n in row)}" for method, *row in counts.itertuples()]
+    means = table.groupby("name")["mean"].mean()
+    told = [
+        f"{method} {' / '.join(str(n) for n in row)} ({signed(means[method])})"
+        for method, *row in counts.itertuples()
+    ]
     settings = table["setting"].nunique()
-    return f"Over {settings} settings, against {name}, {' / '.join(VERDICTS)}: {', '.join(told)}."
+    return (
+        f"Over {settings} settings, against {name}, {' / '.join(VERDICTS)} (mean difference over "
+        f"the settings where it was measured): {', '.join(told)}."
+    )
 
 
 def _variants(measured: Measured, prefix: str, methods: Sequence[str]) -> Iterator[str]:
     rows = measured.methods
     variants = rows[rows["track"].astype(str).str.startswith(prefix)]
     usual = at_its_best(measured)  # as a variant: its option chosen where the method has one
-    if methods:
-        variants = variants[variants["method"].isin(methods)]
-    for method, group in variants.groupby("method", sort=False):
-        table = compare(group, usual[usual["method"] == method], name="track")
+    tables = {
+        str(method): compare(group, usual[usual["method"] == method], name="track")
+        for method, group in variants.groupby("method", sort=False)
+    }
+    for method, table in tables.items():
+        if table["setting"].nunique() > 1:
+            yield _tally(table, f"the usual form of {method}")
+    for method, table in tables.items():
         for setting, found in table.groupby("setting", sort=False):
             yield f"{method} on {setting}, against its usual form: {_by_verdict(found)}."
 
@@ -222,21 +233,30 @@ def _own_tensors(measured: Measured) -> Iterator[str]:
     own = control(measured, _OWN)
     average = control(measured, _PER_TASK)
     table = compare(own, average, name="track")
+    levels = one_per_seed(average).groupby("setting").mean()
+    table = table.assign(
+        gap=100 - table["setting"].map(levels), kind=table["name"].str.removeprefix(_OWN)
+    )
+    shares = (table["mean"] / table["gap"]).where(table["gap"] >= _SMALL_GAP)
+    means = shares.groupby(table["kind"]).mean().dropna().sort_values(ascending=False)
+    if table["setting"].nunique() > 1:
+        told = ", ".join(f"{kind} {percent(share)}" for kind, share in means.items())
+        yield f"Of the gap, in the mean of {table['setting'].nunique()} settings: {told}."
     for setting, rows in table.groupby("setting", sort=False):
         level = one_per_seed(average[average["setting"] == setting])
-        gap = 100 - level.mean()
+        gap = float(rows["gap"].iloc[0])
         if gap < _SMALL_GAP:
             yield f"{setting}: the average per task is within {_SMALL_GAP:g} point of the experts."
             continue
         rows = rows.sort_values("mean", ascending=False)
-        told = [
-            f"{str(row['name']).removeprefix(_OWN)} {percent(row['mean'] / gap)} "
+        kinds = [
+            f"{row['kind']} {percent(row['mean'] / gap)} "
             f"({_difference(row)}{'' if row['p_holm'] < LEVEL else ', not shown to differ from 0'})"
             for _, row in rows.iterrows()
         ]
         yield (
             f"{setting}: from the average per task ({_level(level)}) to the experts it is "
-            f"{gap:.1f} points; tensors of one kind kept per task close {'; '.join(told)}."
+            f"{gap:.1f} points; tensors of one kind kept per task close {'; '.join(kinds)}."
         )
 
 
@@ -263,6 +283,7 @@ def _batch_norm(measured: Measured) -> Iterator[str]:
         (RECALIBRATE, MERGED_STATISTICS, "recalibration gains over merged statistics"),
         (PER_TASK, RECALIBRATE, "a set per task gains over one recalibrated set"),
     )
+    found: dict[str, dict[str, pd.DataFrame]] = {words: {} for *_, words in steps}
     for setting in measured.settings:
         here = measured.methods[measured.methods["setting"] == setting]
         for treatment, reference, words in steps:
@@ -272,8 +293,18 @@ def _batch_norm(measured: Measured) -> Iterator[str]:
             )
             # Of methods measured on all seeds: a mean over other methods is another number.
             gains = (first - second).dropna().unstack("seed").dropna()
-            if gains.empty:
-                continue
+            if not gains.empty:
+                found[words][setting] = gains
+    for words, settings in found.items():
+        if len(settings) > 1:
+            means = pd.Series({name: gains.mean(axis=None) for name, gains in settings.items()})
+            yield (
+                f"Over {len(means)} settings, {words} {signed(means.mean())} points, from "
+                f"{signed(means.min())} ({means.idxmin()}) to {signed(means.max())} "
+                f"({means.idxmax()})."
+            )
+    for words, settings in found.items():
+        for setting, gains in settings.items():
             seeds, methods = gains.mean(axis=0), gains.mean(axis=1)
             gain = f"{signed(seeds.mean())}{plus_minus(standard_error(seeds))}"
             yield (

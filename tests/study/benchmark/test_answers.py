@@ -36,14 +36,19 @@ def test_every_answer_tells_what_was_planted(sweep: Sweep) -> None:
     assert "Of 2 comparisons, 2 better than random draws: norm on a" in found["H7"]
     # 0.05 of each accuracy, of experts with 0.95 and 0.85.
     assert "recalibration gains over merged statistics +5.6 ± 0.0 points" in found["BN"]
+    assert found["BN"].startswith("a: ")  # one setting: no mean over settings
     assert "a set per task gains over one recalibrated set +2.2 ± 0.0 points" in found["BN"]
 
 
 def test_settings_are_counted_and_ranked(sweep: Sweep) -> None:
     found = told(small_benchmark(sweep, settings=("a", "b", "c"), seeds=3))
     assert "Over 3 settings, against chosen task arithmetic" in found["H1"]
-    assert "regmean 3 / 0 / 0 / 0" in found["H1"]
+    # 0.88 against 0.82 and the 0.01 of the choice, of experts with 0.95 and 0.85.
+    assert "regmean 3 / 0 / 0 / 0 (+5.6)" in found["H1"]
     assert found["Ranks"].startswith("Mean ranks over 3 settings")
+    over = "Over 3 settings, recalibration gains over merged statistics +5.6 points, from +5.6 (a)"
+    assert found["BN"].startswith(over)
+    assert found["H6"].startswith("Of the gap, in the mean of 3 settings: late 6")
     assert "regmean 1.0" in found["Ranks"]
 
 
@@ -94,6 +99,19 @@ def test_variants_are_held_against_the_usual_form(sweep: Sweep) -> None:
     found = told(sweep)
     assert found["H2"].startswith("iso_c on a, against its usual form: better: kernel split (+5.")
     assert "rows normalised" in found["H3"]
+
+
+def test_variants_are_counted_over_settings_and_held_against_chosen_options(sweep: Sweep) -> None:
+    for setting in ("a", "b"):
+        for seed in range(3):
+            sweep.controls(seed, {}, setting=setting)
+            conditions = {"merged": 0.5, "chosen, recalibrate": 0.8 + 0.001 * seed}
+            conditions["kernel split, recalibrate"] = 0.7
+            sweep.methods("iso_c", seed, conditions, setting=setting)
+    found = told(sweep)["H2"]
+    assert "against the usual form of iso_c, better / equivalent / worse / undecided" in found
+    # 0.101 of experts with 0.95 and 0.85.
+    assert "kernel split 0 / 0 / 2 / 0 (−11.3)" in found
 
 
 def test_no_comparison_mixes_tracks_or_seeds(sweep: Sweep) -> None:
