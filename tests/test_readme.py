@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -99,3 +100,14 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_summary_is_that_of_the_published_benchmark() -> None:
+    docs = README.parent / "docs"
+    published = (docs / "benchmark_results.md").read_text(encoding="utf-8")
+    overview = re.search(r"^\| method \| needs \| score .*?\n\n", published, re.S | re.M)
+    assert overview is not None
+    assert overview[0].strip() in README.read_text(encoding="utf-8")
+    with (docs / "_static" / "benchmark" / "benchmark.csv").open(encoding="utf-8") as file:
+        settings = {row["setting"] for row in csv.DictReader(file)}
+    assert {f"## {setting}" for setting in settings} <= set(published.splitlines())

@@ -43,9 +43,10 @@ LEGEND = (
     "where a column does not say otherwise."
 )
 OVERVIEW = (
-    "Each method with batch norm recalibrated, and with its option chosen where it has one. Score "
-    "and gain over the simple average are means over the settings, the gain also over those of "
-    "networks trained apart; the verdicts against the simple average are counted over all settings."
+    "Each method with batch norm recalibrated, and with its option chosen where it has one. Score, "
+    "and gain over the simple average in points: means over the settings whose networks have one "
+    "base; the gain also over those of networks trained apart. Then in how many settings a method "
+    "is better than the simple average, equivalent to it, worse, and undecided."
 )
 
 

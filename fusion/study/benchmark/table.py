@@ -85,13 +85,19 @@ def is_benchmark(runs: Sequence[Run]) -> bool:
 
 
 def measured(runs: Sequence[Run]) -> Measured:
-    """Read every finished run of the benchmark."""
+    """Read every finished run of the benchmark.
+
+    Settings are in the order of their controls, whichever jobs were run again later.
+    """
     ours = [
         run
         for run in runs
         if run.status == FINISHED and "benchmarked" in run.report.get("algorithm", {})
     ]
-    experts = {_key(run): _experts(run) for run in ours if _method(run) == CONTROLS}
+    controls = [run for run in ours if _method(run) == CONTROLS]
+    experts = {_key(run): _experts(run) for run in controls}
+    order = list(dict.fromkeys(map(_setting, (*controls, *ours))))
+    ours.sort(key=lambda run: order.index(_setting(run)))
     conditions: list[dict[str, Any]] = []
     tasks: list[dict[str, Any]] = []
     for run in ours:

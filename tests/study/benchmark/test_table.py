@@ -93,3 +93,11 @@ def test_the_csv_has_a_row_per_condition_and_a_column_per_task(sweep: Sweep) -> 
     assert found.loc[("a", "benchmark_controls", "base"), "score"] == pytest.approx(
         100 * (0.5 / 0.95 + 0.4 / 0.85) / 2
     )
+
+
+def test_a_job_that_is_run_again_leaves_the_order_of_the_settings(sweep: Sweep) -> None:
+    sweep.methods("zipit", 0, {"merged": 0.7}, setting="last")  # number 0 of a later, shorter list
+    for setting in ("first", "last"):
+        sweep.controls(0, {}, setting=setting)
+        sweep.methods("slerp", 0, {"merged": 0.8}, setting=setting)
+    assert sweep.measured().settings == ["first", "last"]
