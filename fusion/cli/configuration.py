@@ -46,7 +46,7 @@ def composed(
     check_files(extra, arguments)
     register_resolvers()
     settings = [a for a in arguments if a not in flags]
-    if not any(a.startswith("modelpool=") for a in settings):
+    if not any(a.startswith(("modelpool=", "setting=")) for a in settings):
         settings.append("~modelpool")
     if extra:
         settings.append(f"hydra.searchpath=[{','.join(f'file://{f.absolute()}' for f in extra)}]")

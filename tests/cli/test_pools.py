@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import fusion
 from fusion import UserError
+from fusion.cli.configuration import composed
 from fusion.cli.folders import choices
 from fusion.config_folder import config_folder
 from fusion.data import Preprocessing
@@ -103,3 +104,10 @@ def test_a_running_hydra_stays_as_it_is() -> None:
     GlobalHydra.instance().clear()
     fusion.load_modelpool("digits")
     assert not GlobalHydra.instance().is_initialized()
+
+
+@pytest.mark.parametrize("setting", ["glyphs_2", "digits_split", "arch_norm_free"])
+def test_a_setting_chooses_its_pools(setting: str) -> None:
+    found = composed([f"setting={setting}"], ("modelpool", "taskpool"))
+    assert found["modelpool"]["models"]
+    assert found["taskpool"]["_target_"].endswith("ClassificationTaskPool")
