@@ -63,7 +63,12 @@ def test_a_page_has_the_options_that_the_method_has(name) -> None:
 def test_a_measured_row_stands_on_the_page_of_its_method() -> None:
     tables = list(PAGES.measured_tables())
     titles = {table.title for table in tables}
-    assert {"Benchmark", "digits_tasks_4", "glyphs_8", "CIFAR-10, five tasks"} <= titles
+    assert {
+        "Results of the benchmark",
+        "digits_tasks_4",
+        "glyphs_8",
+        "CIFAR-10, five tasks",
+    } <= titles
     assert all(table.command.split()[0] in ("python", "fusion_bench") for table in tables)
     pages = {name: PAGES.page(name) for name in method_names()}
     shown = 0

@@ -58,7 +58,7 @@ def markdown(measured: Measured, answers: Sequence[Answer], *, command: str) -> 
         answers: to the benchmark's questions.
         command: what reproduces the sweep.
     """
-    parts = ["# Benchmark\n", f"`{command}`\n", f"{OVERVIEW}\n"]
+    parts = ["# Results of the benchmark\n", f"`{command}`\n", f"{OVERVIEW}\n"]
     parts += [_table(overview_lines(measured)), "## Answers\n"]
     for answer in answers:
         parts.append(f"**{answer.name}. {answer.question}**\n")
