@@ -127,10 +127,11 @@ def explain(error: Exception, arguments: Sequence[str], config_folder: Path) -> 
         return _no_choice(error, arguments, config_folder)
     if missing := re.match(r"You must specify '([^']+)'", message):
         options = re.findall(r"^\t(\S+)", message, flags=re.MULTILINE)
-        chosen = [*arguments, f"{missing[1]}={options[0]}"]
-        other = composition_error(chosen, config_folder)  # the choice may be an experiment's
-        if other is not None and f"'{missing[1]}." not in str(other):
-            return explain(other, chosen, config_folder)
+        for first in options[:1]:  # with any choice: an experiment may make it for each job
+            chosen = [*arguments, f"{missing[1]}={first}"]
+            other = composition_error(chosen, config_folder)
+            if other is not None and f"'{missing[1]}." not in str(other):
+                return explain(other, chosen, config_folder)
         return f"choose a {missing[1]}: {missing[1]}=NAME, one of {', '.join(options)}"
     if unknown := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", message):
         key, at, _ = unknown[1].partition("@")
