@@ -159,11 +159,13 @@ def head_element(title: str, *, words: bool) -> str:
     return f'<th scope="col"{kind}><button type="button">{escape(title)}</button></th>'
 
 
+def word_cell(text: str) -> str:
+    """Return a cell of words, which sorts by them."""
+    return f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
+
+
 def _row(line: Line) -> str:
-    cells = [
-        f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
-        for text in (line.merge, line.finetuning)
-    ]
+    cells = [word_cell(text) for text in (line.merge, line.finetuning)]
     for cell in line.cells:
         value = "" if cell.value is None else repr(cell.value)
         best = ' class="best"' if cell.best else ""

@@ -93,7 +93,7 @@ def overview_lines(measured: Measured) -> list[list[str]]:
     lines.append(["---", "---", *["---:"] * (len(lines[0]) - 2)])
     for method in ordered(measured.methods):
         row = table.loc[method]
-        numbers = [mean_and_error(pd.Series([row["score"]]))]
+        numbers = [ABSENT if pd.isna(row["score"]) else f"{row['score']:.1f}"]
         numbers += [ABSENT if pd.isna(row[c]) else signed(row[c]) for c in ("gain", "gain_apart")]
         counts = [ABSENT if pd.isna(row[v]) else f"{row[v]:.0f}" for v in VERDICTS]
         lines.append([method, needs[method], *numbers, *counts])

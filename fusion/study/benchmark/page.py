@@ -25,7 +25,7 @@ from fusion.study.benchmark.table import CONTROLS, Measured
 from fusion.study.benchmark.words import mean_and_error, plus_minus, signed
 from fusion.study.drawing import Drawing
 from fusion.study.markdown import ABSENT
-from fusion.study.page import figure_element, head_element, part, trouble_element
+from fusion.study.page import figure_element, head_element, part, trouble_element, word_cell
 from fusion.study.runs import FINISHED, Run
 
 TITLE = "Benchmark of merging methods"
@@ -165,10 +165,7 @@ def _answer(answer: Answer) -> str:
 
 
 def _overview_row(line: Sequence[str]) -> str:
-    words = "".join(
-        f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
-        for text in line[:_WORDS]
-    )
+    words = "".join(map(word_cell, line[:_WORDS]))
     return f"<tr>{words}{''.join(_cell(_first(text), text) for text in line[_WORDS:])}</tr>"
 
 
@@ -207,10 +204,7 @@ def _rows(measured: Measured, table: pd.DataFrame, columns: Sequence[_Column]) -
         setting, name, group, track, norm, _ = map(str, key)
         data = {"setting": setting, "needs": group, "track": track, "norm": norm}
         attributes = "".join(f' data-{key}="{escape(value)}"' for key, value in data.items())
-        cells = [
-            f'<td class="words" data-value="{escape(text)}">{escape(text)}</td>'
-            for text in (setting, name, group, track, norm)
-        ]
+        cells = [word_cell(text) for text in (setting, name, group, track, norm)]
         is_best = any(pair in at_best for pair in zip(rows["run"], rows["condition"], strict=True))
         verdict = versus(verdicts[setting], name) if is_best and setting in verdicts else ABSENT
         numbers = [_number(rows, column) for column in columns]
