@@ -23,6 +23,7 @@ CHOICES = sorted(
     if file.parent != config_folder()
 )
 MIRRORED = [choice for choice in CHOICES if choice.startswith(("method=", "finetune="))]
+DEMANDED = {"setting=cifar10_split_text": ["path.class_vectors=texts.safetensors"]}
 WORDS = ("_target_", "_recursive_", "_args_", "_partial_")
 
 
@@ -35,6 +36,7 @@ def composed() -> Iterator[Any]:
     def make(*overrides: str) -> dict[str, Any]:
         pools = ("modelpool=", "setting=")  # what chooses a pool
         given = [] if any(o.startswith(pools) for o in overrides) else ["modelpool=digits"]
+        given += [value for o in overrides for value in DEMANDED.get(o, [])]
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose(
                 "fusion_bench", overrides=[*given, *overrides], return_hydra_config=True

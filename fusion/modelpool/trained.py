@@ -8,17 +8,18 @@ import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fusion.data import ClassSubset, label_space, seed_from
 from fusion.data.shared import load_dataset
-from fusion.errors import UserError
+from fusion.errors import UserError, suggestion
 from fusion.files import only_one, require_writable_folder
 from fusion.labels import LabelSpace
 from fusion.modelpool.fingerprint import canonical, data_fingerprint, digest_tensors
+from fusion.modelpool.fixed_head import ClassVectors, FixedHead, Simplex, set_fixed_head
 from fusion.modelpool.inheriting import HeadOrigin, inherit
 from fusion.modelpool.member import (
     Entry,
@@ -28,7 +29,6 @@ from fusion.modelpool.member import (
     build_unfilled,
     on_meta,
 )
-from fusion.modelpool.simplex import set_simplex_head
 from fusion.models import find_head
 from fusion.options import (
     Classes,
@@ -81,7 +81,9 @@ class TrainedModel(Member):
         init_from: name of another member of the pool whose weights training starts from.
         head: origin of the head: ``rows`` (the parent's rows for these classes), ``fresh`` (new
             weights), ``auto`` (rows where the parent has all classes, or where the classes are
-            unknown and the shapes agree; else fresh).
+            unknown and the shapes agree; else fresh). Two heads are not trained: ``simplex`` (a
+            vertex of a regular simplex for each class of ``dataset``), and the name of a
+            safetensors file with a vector for each class under its name, such as text features.
         epochs, lr, weight_decay, optimizer, batch_size, schedule, augment, channels_last, compile:
             of :func:`fusion.training.fit`.
         precision: Lightning Fabric's, for the training alone.
@@ -99,7 +101,7 @@ class TrainedModel(Member):
         *,
         classes: Classes | None = None,
         init_from: Text | None = None,
-        head: HeadOrigin | Literal["simplex"] = "auto",
+        head: HeadOrigin | Literal["simplex"] | FilePath = "auto",
         epochs: Count = 10,
         lr: Positive = 1e-3,
         weight_decay: NonNegative = 0.01,
@@ -118,8 +120,8 @@ class TrainedModel(Member):
         self.architecture_spec = architecture
         self.init_from = init_from
         self._classes = None if classes is None else tuple(classes)
-        self._simplex = head == "simplex"
-        self._head: HeadOrigin = "fresh" if head == "simplex" else head
+        self._fixed = _fixed_head(head)
+        self._head = cast(HeadOrigin, head) if self._fixed is None else "fresh"
         self._dataset = dataset
         self.epochs = 1 if fast_dev_run else epochs
         self.training_options: dict[str, Any] = {
@@ -153,8 +155,8 @@ class TrainedModel(Member):
                 self._fabric()
                 if entry.parent is not None:
                     self._inherited(entry, tensors_of(entry.parent.architecture()), on_meta)
-                if self._simplex:
-                    self._with_simplex_head(entry, self.architecture())
+                if self._fixed is not None:
+                    self._with_fixed_head(self._fixed, entry, self.architecture())
         except UserError as error:
             lines.append(f"model '{entry.name}': {error}")
         return lines
@@ -224,7 +226,7 @@ class TrainedModel(Member):
                 "init_from": None if parent is None else parent.fingerprint,
                 "preprocessing": canonical(entry.preprocessing),
                 "parent_classes": parent.known.to_json() if parent and parent.known else None,
-                "head": ["simplex" if self._simplex else self._head, canonical(entry.head)],
+                "head": [self._fixed.recipe if self._fixed else self._head, canonical(entry.head)],
                 "epochs": self.epochs,
                 "options": canonical(self.training_options),
                 "precision": self._precision,
@@ -278,7 +280,8 @@ class TrainedModel(Member):
         if entry.parent is not None:
             parent = tensors_of(entry.parent.build())
             load_tensors(model, self._inherited(entry, parent, lambda _: model))
-        trainable = self._with_simplex_head(entry, model) if self._simplex else None
+        fixed = self._fixed
+        trainable = None if fixed is None else self._with_fixed_head(fixed, entry, model)
         history = fit(
             model,
             data,
@@ -306,18 +309,17 @@ class TrainedModel(Member):
             metadata["labels"] = labels.to_json()
         return {key: value.cpu() for key, value in tensors_of(model).items()}, metadata
 
-    def _with_simplex_head(self, entry: Entry, model: nn.Module) -> list[str]:
-        """Set the head of ``model`` to vertices of a simplex; return the tensors left to train."""
+    def _with_fixed_head(self, fixed: FixedHead, entry: Entry, model: nn.Module) -> list[str]:
+        """Set the head of ``model``; return the names of the tensors that are left to train."""
         data = load_dataset(self._dataset, entry.preprocessing)
         known, wanted = label_space(data), label_space(self._data(entry))
-        rows = None if known is None or wanted is None else known.positions(wanted)
-        if known is None or rows is None:
+        outputs = None if known is None or wanted is None else known.positions(wanted)
+        if known is None or outputs is None:
             raise UserError(
-                "head=simplex: the data set does not say what its classes are, and each has a "
-                "vertex of its own; give it class_names"
+                "a fixed head: the data set does not say what its classes are, and each has a row "
+                "of its own; give it class_names"
             )
-        head = find_head(model, named=entry.head)
-        return set_simplex_head(model, head, rows, classes=len(known))
+        return set_fixed_head(model, find_head(model, named=entry.head), fixed, known, outputs)
 
     def _fabric(self) -> Fabric:
         """Return a single-process Fabric, so that only the recipe determines the weights."""
@@ -345,6 +347,25 @@ class TrainedModel(Member):
             wanted=self.labels(entry),
             parent_name=entry.parent.name,
         )
+
+
+def _fixed_head(head: str | Path) -> FixedHead | None:
+    """Return the fixed head that the option names, or None for a head that is trained.
+
+    Raises:
+        UserError: it is neither an origin of a head nor a safetensors file.
+    """
+    if head == "simplex":
+        return Simplex()
+    if head in get_args(HeadOrigin):
+        return None
+    if Path(head).suffix != ".safetensors":
+        origins = [*get_args(HeadOrigin), "simplex"]
+        raise UserError(
+            f"TrainedModel.head is '{head}'; give one of {', '.join(origins)}, or a safetensors "
+            f"file with a vector per class{suggestion(str(head), origins)}"
+        )
+    return ClassVectors(Path(head).expanduser())
 
 
 @cache

@@ -18,7 +18,7 @@ from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool import BaseModelPool, TrainedModel
 from fusion.modelpool.fingerprint import digest_tensors
-from fusion.modelpool.simplex import simplex_vertices
+from fusion.modelpool.fixed_head import placed, simplex_vertices
 from fusion.weights import load_safetensors, read_metadata, save_safetensors
 
 NET = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
@@ -461,3 +461,67 @@ def test_a_simplex_needs_as_many_features_as_classes(tmp_path, trainings) -> Non
     with pytest.raises(UserError, match="simplex of 10 classes in 8 features"):
         pool.preflight()
     assert trainings == []
+
+
+def test_networks_share_the_vectors_of_a_file_which_are_not_trained(tmp_path, trainings) -> None:
+    texts = {str(digit): torch.randn(96) * (digit + 1) for digit in range(10)}
+    file = tmp_path / "texts.safetensors"
+    save_safetensors(file, texts)
+    pool = make_pool(
+        tmp_path, a=recipe([7, 2, 0], head=str(file)), b=recipe([5, 1], head=str(file))
+    )
+    pool.preflight()
+    rows = torch.cat([pool.tensors(name)["linear.weight"] for name in "ab"])
+    wanted = torch.nn.functional.normalize(
+        torch.stack([texts[str(digit)] for digit in (7, 2, 0, 5, 1)]), dim=1
+    )
+    assert rows.shape == (5, 32)  # a network with fewer features than the vectors are long
+    torch.testing.assert_close(rows @ rows.T, wanted @ wanted.T, rtol=0, atol=1e-5)
+    assert not pool.tensors("a")["linear.bias"].any()
+    moved = file.rename(tmp_path / "elsewhere.safetensors")  # the same content: the same member
+    again = make_pool(tmp_path, a=recipe([7, 2, 0], head=str(moved)))
+    again.tensors("a")
+    assert trainings == ["a", "b"]
+    save_safetensors(moved, {**texts, "7": texts["8"]})
+    make_pool(tmp_path, a=recipe([7, 2, 0], head=str(moved))).tensors("a")
+    assert trainings == ["a", "b", "a"]
+
+
+def test_vectors_keep_their_lengths_and_angles_in_any_space_that_holds_them() -> None:
+    vectors = torch.randn(5, 12, dtype=torch.float64)
+    for features in (5, 7, 12, 40):
+        rows = placed(vectors, features).double()
+        assert rows.shape == (5, features)
+        torch.testing.assert_close(rows @ rows.T, vectors @ vectors.T, rtol=0, atol=1e-5)
+        assert torch.equal(placed(vectors, features).double(), rows)
+    assert torch.equal(placed(vectors, 12), vectors.float())
+    with pytest.raises(UserError, match="5 vectors of length 12 do not fit into the 4 features"):
+        placed(vectors, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"7": None}, "no vector for class '7'; it has vectors for 0, 1, 2"),
+        ({"7": torch.ones(3)}, r"shapes \[\(3,\), \(4,\)\]; give one vector per class"),
+        ({"7": torch.zeros(4)}, "the vector of class '7' is zero or not finite"),
+    ],
+)
+def test_a_file_of_vectors_that_cannot_be_a_head_is_refused_before_training(
+    change, message, tmp_path, trainings
+) -> None:
+    texts = {**{str(digit): torch.randn(4) for digit in range(10)}, **change}
+    file = tmp_path / "texts.safetensors"
+    save_safetensors(file, {key: value for key, value in texts.items() if value is not None})
+    pool = make_pool(tmp_path, x=recipe([7, 2], head=str(file)))
+    with pytest.raises(UserError, match=f"model 'x': head=.*texts.safetensors: .*{message}"):
+        pool.preflight()
+    assert trainings == []
+
+
+def test_a_head_that_is_neither_an_origin_nor_a_file_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"head is 'simplx'; .* or a safetensors file"):
+        make_pool(tmp_path, x=recipe(head="simplx"))
+    pool = make_pool(tmp_path, x=recipe(head=str(tmp_path / "gone.safetensors")))
+    with pytest.raises(UserError, match=r"gone\.safetensors"):
+        pool.preflight()
