@@ -37,9 +37,10 @@ def check_run(
         UserError: the parts do not fit together.
     """
     algorithm.check_pool(pool)
-    check_data(pool)
+    passes = Passes(pool)
+    check_data(pool, passes)
     if tasks is not None:
-        check_tasks(tasks, pool)
+        check_tasks(tasks, pool, passes)
     if finetuning is not None and not pool.has_data("train"):
         lacking = [name for name in pool.model_names if not pool.has_data("train", name)]
         raise UserError(
@@ -48,7 +49,38 @@ def check_run(
         )
 
 
-def check_data(pool: BaseModelPool) -> None:
+class Passes:
+    """Forward passes of an image on shapes alone, once per architecture and shape of the image."""
+
+    def __init__(self, pool: BaseModelPool) -> None:
+        self._pool = pool
+        self._outputs: dict[tuple[str, torch.Size], int | None] = {}
+
+    def outputs(self, name: str, dataset: Any, what: str) -> int | None:
+        """Return the number of outputs of a member; ``None`` if they are not a row of scores.
+
+        Args:
+            name: of the member.
+            dataset: the data whose first image passes through it.
+            what: the data in a message.
+
+        Raises:
+            UserError: the image does not pass through the member's architecture.
+        """
+        if not len(dataset):
+            raise UserError(f"the {what}: there are no images")
+        image = dataset[0][0]
+        if not isinstance(image, Tensor):
+            raise UserError(
+                f"the {what} are of type {type(image).__name__}; end the transform in a tensor"
+            )
+        key = self._pool.entry(name).architecture_key, image.shape
+        if key not in self._outputs:
+            self._outputs[key] = _outputs_for(self._pool, name, image, what)
+        return self._outputs[key]
+
+
+def check_data(pool: BaseModelPool, passes: Passes) -> None:
     """Check that the images of the members fit the network, and their classes its outputs.
 
     Raises:
@@ -63,7 +95,7 @@ def check_data(pool: BaseModelPool) -> None:
             if (name, id(dataset)) in seen:
                 continue
             seen.add((name, id(dataset)))
-            outputs = outputs_for(pool, name, dataset, f"{split} data of '{name}'")
+            outputs = passes.outputs(name, dataset, f"{split} data of '{name}'")
             labels = pool.labels(name)
             if labels is not None and outputs is not None and len(labels) != outputs:
                 raise UserError(
@@ -73,7 +105,7 @@ def check_data(pool: BaseModelPool) -> None:
                 )
 
 
-def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
+def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool, passes: Passes) -> None:
     """Check that the tasks can be evaluated on networks of this pool.
 
     Raises:
@@ -97,7 +129,7 @@ def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
         classes = tasks.classes(task)
         named = [name for name in pool.model_names if pool.task(name) == task]
         dataset = tasks.load_dataset(task)
-        outputs_for(pool, (named or [reference])[0], dataset, f"images of task '{task}'")
+        passes.outputs((named or [reference])[0], dataset, f"images of task '{task}'")
         if classes is None or named or _answered(known, classes):
             continue
         raise UserError(
@@ -106,19 +138,7 @@ def check_tasks(tasks: BaseTaskPool, pool: BaseModelPool) -> None:
         )
 
 
-def outputs_for(pool: BaseModelPool, name: str, dataset: Any, what: str) -> int | None:
-    """Return the number of outputs of a member; ``None`` if they are not a row of scores.
-
-    Raises:
-        UserError: the image does not pass through the member's architecture.
-    """
-    if not len(dataset):
-        raise UserError(f"the {what}: there are no images")
-    image = dataset[0][0]
-    if not isinstance(image, Tensor):
-        raise UserError(
-            f"the {what} are of type {type(image).__name__}; end the transform in a tensor"
-        )
+def _outputs_for(pool: BaseModelPool, name: str, image: Tensor, what: str) -> int | None:
     model = pool.architecture(name).eval()
     networks = list(model.networks) if isinstance(model, MultiTaskNetwork) else [model]
     for network in networks:

@@ -43,23 +43,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def only_one(path: str | Path, name: str) -> Iterator[None]:
-    """Hold the lock of ``path``; waiting is logged.
+def only_one(path: str | Path, name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of ``path``, and yield whether it is held; waiting is logged.
 
     Args:
         path: the file or folder; the lock is a file next to it.
         name: its name in the log.
+        wait: wait for another process that holds it; else yield ``False`` at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=_PATIENCE)
+        lock.acquire(timeout=_PATIENCE if wait else 0)
     except Timeout:
+        if not wait:
+            yield False
+            return
         log.info("%s: waiting for another process, which holds %s", name, lock.lock_file)
         lock.acquire()
     try:
-        yield
+        yield True
     finally:
         lock.release()
 

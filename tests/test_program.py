@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fusion.data import ClassSubset, as_rgb, grouped
+from fusion.data import ClassSubset, as_rgb, grouped, resized
 from fusion.errors import UserError
 from fusion.method import BaseAlgorithm, DummyAlgorithm, SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool, Checkpoint
-from fusion.models import find_layers
+from fusion.models import CifarResNet, find_layers
 from fusion.program import FusionProgram
 from fusion.taskpool import BaseTaskPool, ClassificationTaskPool
 from fusion.training import FineTuning
@@ -165,6 +165,35 @@ def test_what_is_wrong_is_found_before_the_work(program, pool, tmp_path, wrong, 
     with pytest.raises(UserError, match=said):
         program(method=Untouchable(), **{wrong: value}).run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_runs_each_architecture_once_for_each_shape_of_image(
+    program, test_digits, monkeypatch
+) -> None:
+    ran: list[tuple[int, torch.Size]] = []
+    real = CifarResNet.forward
+
+    def counted(network: CifarResNet, images: torch.Tensor) -> torch.Tensor:
+        if type(images) is torch.Tensor:  # not traced
+            ran.append((network.linear.out_features, images.shape))
+        return real(network, images)
+
+    monkeypatch.setattr(CifarResNet, "forward", counted)
+    spec = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
+    five, ten = ({**spec, "num_classes": outputs} for outputs in (5, 10))
+    data = {
+        "_pretrained_": test_digits,
+        **{name: ClassSubset(test_digits, range(5)) for name in "abc"},
+    }
+    models = {"_pretrained_": ten, "a": five, "b": five, "c": five}
+    members = BaseModelPool(models, train_datasets=data)
+    program(method=Untouchable(), modelpool=members, dry_run=True).run()
+    assert sorted(ran) == [(5, (1, 1, 8, 8)), (10, (1, 1, 8, 8))]
+    enlarged = ClassSubset(resized(test_digits, 9), range(5))
+    members = BaseModelPool(models, train_datasets={**data, "b": enlarged, "c": enlarged})
+    program(method=Untouchable(), modelpool=members, dry_run=True).run()
+    again = [(5, (1, 1, 8, 8)), (5, (1, 1, 9, 9)), (10, (1, 1, 8, 8))]
+    assert sorted(ran[2:]) == again
 
 
 def test_a_dry_run_checks_and_leaves_nothing(program, tmp_path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fusion.data.augmentation import Augmentation
 from fusion.data.image_tensors import ImageTensors
@@ -35,15 +37,7 @@ def digits(
     Raises:
         UserError: an unknown split or number of channels.
     """
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    labels = torch.from_numpy(raw.target).to(torch.int64)
-    pixels = torch.from_numpy(raw.images).mul(255 / _WHITE).round().to(torch.uint8)
-    place = torch.empty_like(labels)
-    for label in torch.unique(labels):
-        of_label = labels == label
-        place[of_label] = torch.arange(int(of_label.sum())) % 10
+    pixels, labels, place = _all_digits()
     chosen = torch.isin(place, torch.tensor(_PLACES[split]))
     return ImageTensors(
         pixels[chosen].unsqueeze(1).repeat(1, channels, 1, 1),
@@ -53,3 +47,18 @@ def digits(
         std=[_STD] * channels,
         augmentation=Augmentation(padding=1, flip=False),
     )
+
+
+@cache
+def _all_digits() -> tuple[Tensor, Tensor, Tensor]:
+    """Return pixels, labels and places of all images, which are read once in a process."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    labels = torch.from_numpy(raw.target).to(torch.int64)
+    pixels = torch.from_numpy(raw.images).mul(255 / _WHITE).round().to(torch.uint8)
+    place = torch.empty_like(labels)
+    for label in torch.unique(labels):
+        of_label = labels == label
+        place[of_label] = torch.arange(int(of_label.sum())) % 10
+    return pixels, labels, place

@@ -108,6 +108,7 @@ class Benchmarked(BaseAlgorithm):
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Return the network under the first condition; the others are controls."""
+        modelpool.train()
         if self._as_it_is is not None:
             return self._run_as_it_is(self._as_it_is, modelpool)
         conditions: dict[str, dict[str, Any]] = {}

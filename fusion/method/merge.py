@@ -213,8 +213,8 @@ class Merge(BaseAlgorithm):
             )
         self._check_needs(modelpool)
         modelpool.preflight(values=False)
-        for name in modelpool.model_names:
-            require_mergeable(name, modelpool.architecture(name))
+        for name, network in modelpool.distinct_architectures(modelpool.model_names):
+            require_mergeable(name, network)
         self.shares(modelpool.model_names)
         plan = plan_heads(modelpool, self.head)
         model = modelpool.architecture(modelpool.pretrained_or_first_name)

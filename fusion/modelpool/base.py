@@ -205,6 +205,28 @@ class BaseModelPool:
         names = self.model_names or self.all_model_names
         return PRETRAINED if self.has_pretrained else names[0]
 
+    def train(self) -> None:
+        """Train every member that remains to be trained, together with other processes.
+
+        Processes that need the same pool (jobs of a sweep) do not wait for each other while there
+        is a member that none of them trains. Without a call each member is trained on first use.
+        """
+        left = [self.entry(name) for name in self.all_model_names]
+        while left:
+            busy = [entry for entry in left if not entry.train(wait=False)]
+            if len(busy) == len(left):
+                busy[0].train()
+            left = busy
+
+    def distinct_architectures(self, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (name, structure without weights) of members, one for each architecture."""
+        seen: set[str] = set()
+        for name in names:
+            key = self.entry(name).architecture_key
+            if key not in seen:
+                seen.add(key)
+                yield name, self.architecture(name)
+
     def models(self) -> Iterator[nn.Module]:
         """Yield the experts' networks, one at a time, never all in memory."""
         for _, model in self.named_models():

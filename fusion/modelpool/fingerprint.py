@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,11 @@ def canonical(value: Any) -> Any:
     if isinstance(value, torch.dtype | Path):
         return str(value)
     return value
+
+
+def canonical_text(value: Any) -> str:
+    """Return ``value`` as JSON, the same text for equal values whatever their order."""
+    return json.dumps(canonical(value), sort_keys=True, default=repr)
 
 
 def data_fingerprint(spec: Mapping[str, Any]) -> Any:

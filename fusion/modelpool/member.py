@@ -17,7 +17,7 @@ from fusion.data import Preprocessing, preprocessing_of
 from fusion.errors import UserError
 from fusion.labels import LabelSpace
 from fusion.modelpool.bare import without_pretrained_weights
-from fusion.modelpool.fingerprint import digest_tensors
+from fusion.modelpool.fingerprint import canonical_text, digest_tensors
 from fusion.modelpool.soundness import deep_copy, require_sound, unwrapped
 from fusion.models.layers import without_values
 from fusion.target import build, is_target, locate, refusal
@@ -89,6 +89,16 @@ class Member(ABC):
         """Return a hash of everything that determines the weights."""
         return digest_tensors(dict(self.tensors(entry)))
 
+    def train(self, entry: Entry, *, wait: bool = True) -> bool:
+        """Train the network if that remains to be done; return whether its weights are there.
+
+        Args:
+            entry: the member in a pool.
+            wait: wait for another process that trains it; else return ``False`` then.
+        """
+        del entry, wait
+        return True
+
     def check(self, entry: Entry) -> list[str]:
         """Return what is wrong with this member alone, one sentence each, before any work."""
         del entry
@@ -154,6 +164,25 @@ class Entry:
         if found is None and self.parent is not None:
             return self.parent.preprocessing
         return found
+
+    @cached_property
+    def architecture_key(self) -> str:
+        """A text that members share whose bare architecture is built by the same mapping."""
+        spec = self.member.architecture_spec
+        return self.name if spec is None else canonical_text(spec)
+
+    def train(self, *, wait: bool = True) -> bool:
+        """Train the network, and those it starts from, if that remains to be done.
+
+        Args:
+            wait: wait for other processes that train them; else return ``False`` then.
+
+        Returns:
+            whether the weights are there.
+        """
+        if self.parent is not None and not self.parent.train(wait=wait):
+            return False
+        return self.member.train(self, wait=wait)
 
     def check(self) -> list[str]:
         """Return what is wrong with this member alone, one sentence each, before any work."""

@@ -182,6 +182,10 @@ class TrainedModel(Member):
             return None if written is None else LabelSpace.from_json(written)
         return label_space(self._data(entry))
 
+    def train(self, entry: Entry, *, wait: bool = True) -> bool:
+        """Train the network if it is not in the cache; return whether it is there now."""
+        return self._kept(entry) is not None or self._make(entry, wait=wait) is not None
+
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the cached weights, or None if it is not trained yet."""
         kept = self._kept(self._placed(entry))
@@ -243,12 +247,18 @@ class TrainedModel(Member):
     def _trained(self, entry: Entry) -> Path:
         """Return the file of the weights, training them first if it is missing or damaged."""
         if (kept := self._kept(entry)) is None:
-            with only_one(self.path(entry), entry.name):
-                kept = self._kept(entry)  # another process may have trained it meanwhile
-                if kept is None:
-                    return self._train_and_keep(entry)
+            kept = self._make(entry, wait=True)
+            assert kept is not None
         _note_found(entry.name, kept)
         return kept
+
+    def _make(self, entry: Entry, *, wait: bool) -> Path | None:
+        """Train the weights unless another process does; None if it does and is not waited for."""
+        with only_one(self.path(entry), entry.name, wait=wait) as held:
+            if not held:
+                return None
+            # Another process may have trained it meanwhile.
+            return self._kept(entry) or self._train_and_keep(entry)
 
     def _train_and_keep(self, entry: Entry) -> Path:
         path = self.path(entry)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from fusion.errors import UserError
@@ -374,6 +376,7 @@ def test_a_damaged_file_is_trained_again_with_a_warning(
 SCRIPT = """
 import sys, json, logging, time
 from pathlib import Path
+from threading import Thread
 from fusion.modelpool import BaseModelPool, trained
 
 real = trained.fit
@@ -525,3 +528,18 @@ def test_a_head_that_is_neither_an_origin_nor_a_file_is_refused(tmp_path) -> Non
     pool = make_pool(tmp_path, x=recipe(head=str(tmp_path / "gone.safetensors")))
     with pytest.raises(UserError, match=r"gone\.safetensors"):
         pool.preflight()
+
+
+def test_a_pool_trains_what_no_other_process_trains_before_it_waits(tmp_path, trainings) -> None:
+    other = {**recipe(), "dataset": {**DIGITS, "split": "test"}}
+    pool = make_pool(tmp_path, base=recipe(), child=recipe(init_from="base"), apart=other)
+    with FileLock(path_of(pool, "base").with_suffix(".lock")):  # as another process
+        thread = Thread(target=pool.train)
+        thread.start()
+        while "apart" not in trainings:
+            assert thread.is_alive()
+        assert trainings == ["apart"]
+    thread.join()
+    assert trainings == ["apart", "base", "child"]
+    make_pool(tmp_path, base=recipe(), child=recipe(init_from="base"), apart=other).train()
+    assert len(trainings) == 3
