@@ -50,11 +50,11 @@ def check_run(
 
 
 class Passes:
-    """Forward passes of an image on shapes alone, once per architecture and shape of the image."""
+    """Forward passes on shapes alone, one per architecture, shape and type of image."""
 
     def __init__(self, pool: BaseModelPool) -> None:
         self._pool = pool
-        self._outputs: dict[tuple[str, torch.Size], int | None] = {}
+        self._outputs: dict[tuple[str, torch.Size, torch.dtype], int | None] = {}
 
     def outputs(self, name: str, dataset: Any, what: str) -> int | None:
         """Return the number of outputs of a member; ``None`` if they are not a row of scores.
@@ -74,7 +74,7 @@ class Passes:
             raise UserError(
                 f"the {what} are of type {type(image).__name__}; end the transform in a tensor"
             )
-        key = self._pool.entry(name).architecture_key, image.shape
+        key = self._pool.entry(name).architecture_key, image.shape, image.dtype
         if key not in self._outputs:
             self._outputs[key] = _outputs_for(self._pool, name, image, what)
         return self._outputs[key]

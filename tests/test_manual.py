@@ -67,7 +67,7 @@ def test_a_measured_row_stands_on_the_page_of_its_method() -> None:
         "Results of the benchmark",
         "digits_tasks_4",
         "glyphs_8",
-        "CIFAR-10, five tasks",
+        "cifar10_tasks_5_cpu",
     } <= titles
     assert all(table.command.split()[0] in ("python", "fusion_bench") for table in tables)
     pages = {name: PAGES.page(name) for name in method_names()}

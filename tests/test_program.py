@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from fusion.data import ClassSubset, as_rgb, grouped, resized
 from fusion.errors import UserError
+from fusion.labels import LabelSpace
 from fusion.method import BaseAlgorithm, DummyAlgorithm, SNRSelectiveMerge
 from fusion.modelpool import BaseModelPool, Checkpoint
 from fusion.models import CifarResNet, find_layers
@@ -194,6 +196,41 @@ def test_a_check_runs_each_architecture_once_for_each_shape_of_image(
     program(method=Untouchable(), modelpool=members, dry_run=True).run()
     again = [(5, (1, 1, 8, 8)), (5, (1, 1, 9, 9)), (10, (1, 1, 8, 8))]
     assert sorted(ran[2:]) == again
+
+
+def test_files_with_one_recorded_architecture_and_heads_of_several_sizes_are_told_apart(
+    program, test_digits, tmp_path
+) -> None:
+    spec = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
+    base = BaseModelPool({"_pretrained_": {**spec, "num_classes": 10}})
+    groups = {"a": [0, 1, 2], "b": [3, 4, 5, 6, 7]}
+    for name, classes in groups.items():
+        expert = CifarResNet(8, in_channels=1, width=0.5, num_classes=len(classes))
+        base.save_model(expert, tmp_path / f"{name}.safetensors", labels=LabelSpace.of(classes))
+    members = BaseModelPool(
+        {name: Checkpoint(tmp_path / f"{name}.safetensors") for name in groups},
+        train_datasets={name: ClassSubset(test_digits, groups[name]) for name in groups},
+    )
+    program(method=DummyAlgorithm(), modelpool=members, taskpool=None, dry_run=True).run()
+
+
+def test_images_that_lack_the_conversion_to_float_are_found_behind_good_ones(
+    program, test_digits
+) -> None:
+    class Bytes(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.zeros(1, 8, 8, dtype=torch.uint8), 0
+
+    spec = {"_target_": "fusion.models.CifarResNet", "depth": 8, "in_channels": 1, "width": 0.5}
+    members = BaseModelPool(
+        {"_pretrained_": spec, "a": spec},
+        train_datasets={"_pretrained_": test_digits, "a": Bytes()},
+    )
+    with pytest.raises(UserError, match="the train data of 'a' do not fit"):
+        program(method=Untouchable(), modelpool=members, dry_run=True).run()
 
 
 def test_a_dry_run_checks_and_leaves_nothing(program, tmp_path) -> None:

@@ -16,7 +16,9 @@ from fusion.target import build
 
 FOLDER = "methods"
 DOCS = Path(__file__).parent.parent
-TABLES = (DOCS / "benchmark_results.md", DOCS / "methods.md")
+TABLES = tuple(
+    DOCS / f"{page}.md" for page in ("benchmark_results", "benchmark_cifar10", "methods")
+)
 GROUPS = {
     "From the weights alone": "These need no data, only the members of the pool.",
     "From weights and images": "These also look at some of the experts' training images.",
@@ -146,8 +148,8 @@ def measured(name: str) -> list[str]:
     if not found:
         return []
     about = (
-        "When does it help? :doc:`/benchmark_results` and :doc:`/methods` have these numbers "
-        "beside those of the other methods."
+        "When does it help? :doc:`/benchmark_results`, :doc:`/benchmark_cifar10` and "
+        ":doc:`/methods` have these numbers beside those of the other methods."
     )
     lines = [*heading("Measured", "-"), "", about, ""]
     for (command, heads), rows in found.items():
@@ -170,7 +172,7 @@ def measured_tables() -> Iterator[Table]:
     """Yield all tables of :data:`TABLES`; one command makes those of the benchmark."""
     for file in TABLES:
         text = file.read_text(encoding="utf-8")
-        command = first_command(text) if file.stem == "benchmark_results" else ""
+        command = first_command(text) if file.stem.startswith("benchmark_") else ""
         yield from tables(text, command=command)
 
 

@@ -208,8 +208,9 @@ class BaseModelPool:
     def train(self) -> None:
         """Train every member that remains to be trained, together with other processes.
 
-        Processes that need the same pool (jobs of a sweep) do not wait for each other while there
-        is a member that none of them trains. Without a call each member is trained on first use.
+        Processes that need the same pool (jobs of a sweep) do not wait for each other while a
+        member can be trained at once; after that each waits for the first one that is busy.
+        Without a call each member is trained on first use.
         """
         left = [self.entry(name) for name in self.all_model_names]
         while left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,26 +22,47 @@ class FixedHead(Protocol):
     """Where the rows of a head that is not trained come from."""
 
     @property
+    def option(self) -> str:
+        """The option as a user writes it, for messages."""
+
+    @property
     def recipe(self) -> str:
         """What determines the rows, as text."""
 
-    def rows(self, classes: LabelSpace, features: int) -> Tensor:
-        """Return the row of each class in so many features, (classes, features) float32."""
+    def rows(self, known: LabelSpace, outputs: Sequence[int], features: int) -> Tensor:
+        """Return the row of each output.
+
+        Args:
+            known: the classes of the whole data set.
+            outputs: position in ``known`` of the class of each output.
+            features: length of a row.
+
+        Returns:
+            (outputs, features) float32.
+        """
 
 
 @dataclass(frozen=True)
 class Simplex:
     """A vertex of a regular simplex for each class: :func:`simplex_vertices`."""
 
-    recipe: str = "simplex"
+    @property
+    def option(self) -> str:
+        """The option as a user writes it."""
+        return "head=simplex"
 
-    def rows(self, classes: LabelSpace, features: int) -> Tensor:
-        """Return the vertices.
+    @property
+    def recipe(self) -> str:
+        """The kind of head; the classes of the data set determine the rest."""
+        return "simplex"
+
+    def rows(self, known: LabelSpace, outputs: Sequence[int], features: int) -> Tensor:
+        """Return the vertices of the outputs' classes, of a simplex of all known classes.
 
         Raises:
             UserError: there are fewer features than classes.
         """
-        return simplex_vertices(len(classes), features)
+        return simplex_vertices(len(known), features)[list(outputs)]
 
 
 @dataclass(frozen=True)
@@ -55,12 +77,17 @@ class ClassVectors:
     path: Path
 
     @property
+    def option(self) -> str:
+        """The option as a user writes it."""
+        return f"head={self.path}"
+
+    @property
     def recipe(self) -> str:
-        """The content of the file, wherever it lies."""
+        """The content of the file, independent of its path."""
         return f"vectors {digest_tensors(self._load())}"
 
-    def rows(self, classes: LabelSpace, features: int) -> Tensor:
-        """Return the vectors of the classes in the space of a network's features.
+    def rows(self, known: LabelSpace, outputs: Sequence[int], features: int) -> Tensor:
+        """Return the vectors of the outputs' classes in the space of a network's features.
 
         All vectors of the file are placed together (:func:`placed`), so that networks of different
         classes share the file's angles.
@@ -70,16 +97,17 @@ class ClassVectors:
                 they do not fit into the features.
         """
         vectors = self._load()
+        wanted = known.select(outputs).shown
         names = sorted(vectors)
         shapes = {tuple(vector.shape) for vector in vectors.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise UserError(
-                f"head={self.path}: its tensors have the shapes {sorted(shapes)}; give one vector "
+                f"{self.option}: its tensors have the shapes {sorted(shapes)}; give one vector "
                 f"per class, all of the same length"
             )
-        if missing := [name for name in classes.shown if name not in vectors]:
+        if missing := [name for name in wanted if name not in vectors]:
             raise UserError(
-                f"head={self.path}: no vector for class '{missing[0]}'; it has vectors for "
+                f"{self.option}: no vector for class '{missing[0]}'; it has vectors for "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
         stacked = torch.stack([vectors[name].double() for name in names])
@@ -87,28 +115,28 @@ class ClassVectors:
         if not bool((lengths.isfinite() & (lengths > 0)).all()):
             worst = names[int((~(lengths.isfinite() & (lengths > 0))).nonzero()[0])]
             raise UserError(
-                f"head={self.path}: the vector of class '{worst}' is zero or not finite; a class "
+                f"{self.option}: the vector of class '{worst}' is zero or not finite; a class "
                 f"needs a direction"
             )
         try:
             found = placed(stacked / lengths[:, None], features)
         except UserError as error:
-            raise UserError(f"head={self.path}: {error}") from error
-        return found[[names.index(name) for name in classes.shown]]
+            raise UserError(f"{self.option}: {error}") from error
+        return found[[names.index(name) for name in wanted]]
 
     def _load(self) -> dict[str, Tensor]:
         try:
             return load_safetensors(self.path)
         except UserError as error:
-            raise UserError(f"head={self.path}: {error}") from error
+            raise UserError(f"{self.option}: {error}") from error
 
 
 def placed(vectors: Tensor, features: int) -> Tensor:
     """Return vectors with the same lengths and angles in a space of ``features`` dimensions.
 
-    What a fixed head fixes is lengths and angles: a trained network turns its features as the head
-    wants them. Vectors of that very length are returned as they are. Longer ones are first replaced
-    by the rows of the symmetric root of their Gram matrix, which has the same inner products in as
+    A fixed head fixes lengths and angles alone: training adapts a network's features to its
+    directions. Vectors of length ``features`` are returned unchanged. Longer ones are replaced by
+    the rows of the symmetric root of their Gram matrix, which has the same inner products in as
     many dimensions as there are vectors. Then all are turned by a random rotation, drawn for these
     sizes, so that separately trained networks share it.
 
@@ -133,7 +161,8 @@ def placed(vectors: Tensor, features: int) -> Tensor:
     if length != features and min(count, length) > features:
         raise UserError(
             f"{count} vectors of length {length} do not fit into the {features} features of the "
-            f"network; keep the vectors of its classes only, or take a network with more features"
+            f"network; keep only the vectors of the classes of all networks to be merged, or take "
+            f"a network with more features"
         )
     vectors = vectors.double()
     if length == features:
@@ -194,7 +223,7 @@ def _basis(purpose: str, columns: int, features: int) -> Tensor:
 
 @torch.no_grad()
 def set_fixed_head(
-    model: nn.Module, head: Head, fixed: FixedHead, known: LabelSpace, outputs: list[int]
+    model: nn.Module, head: Head, fixed: FixedHead, known: LabelSpace, outputs: Sequence[int]
 ) -> list[str]:
     """Write the rows of a fixed head into the head of ``model``, in place; its bias becomes 0.
 
@@ -218,12 +247,12 @@ def set_fixed_head(
     sizes = {shape[0] for shape in shapes.values() if shape}
     if len(weights) != 1 or len(shapes) > 2 or sizes != {len(outputs)}:
         raise UserError(
-            f"a fixed head needs one linear layer with {len(outputs)} outputs, one for each class; "
-            f"the head of this network is {shapes}; give it such a layer, or choose another head"
+            f"{fixed.option} needs a head of one linear layer with {len(outputs)} outputs, one for "
+            f"each class; this network's is {shapes}; give it one, or another head"
         )
     (weight,) = weights
-    rows = fixed.rows(known, shapes[weight][1])
+    rows = fixed.rows(known, outputs, shapes[weight][1])
     for key in shapes:
         tensors[key].zero_()
-    tensors[weight].copy_(rows[outputs])
+    tensors[weight].copy_(rows)
     return [key for key in tensors if key not in head]

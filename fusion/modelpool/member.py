@@ -62,6 +62,13 @@ class Member(ABC):
     def architecture(self) -> nn.Module:
         """Return the network's structure on the meta device, without weights."""
 
+    def architecture_key(self) -> str | None:
+        """Return a text that only members of an equal :meth:`architecture` have, if there is one.
+
+        The mapping that builds the architecture, where nothing else decides it.
+        """
+        return None
+
     def labels(self, entry: Entry | None = None) -> LabelSpace | None:
         """Return the classes of the outputs, if the member itself states them."""
         del entry
@@ -167,9 +174,8 @@ class Entry:
 
     @cached_property
     def architecture_key(self) -> str:
-        """A text that members share whose bare architecture is built by the same mapping."""
-        spec = self.member.architecture_spec
-        return self.name if spec is None else canonical_text(spec)
+        """A text that only members of an equal architecture have: a mapping, or the name."""
+        return self.member.architecture_key() or self.name
 
     def train(self, *, wait: bool = True) -> bool:
         """Train the network, and those it starts from, if that remains to be done.
@@ -229,6 +235,11 @@ class FactoryMember(Member):
     def architecture(self) -> nn.Module:
         """Make the network on the meta device."""
         return on_meta(self._factory)
+
+    def architecture_key(self) -> str | None:
+        """Return the mapping as text."""
+        spec = self.architecture_spec
+        return None if spec is None else canonical_text(spec)
 
 
 def as_member(name: str, value: object) -> Member:

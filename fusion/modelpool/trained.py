@@ -18,7 +18,12 @@ from fusion.data.shared import load_dataset
 from fusion.errors import UserError, suggestion
 from fusion.files import only_one, require_writable_folder
 from fusion.labels import LabelSpace
-from fusion.modelpool.fingerprint import canonical, data_fingerprint, digest_tensors
+from fusion.modelpool.fingerprint import (
+    canonical,
+    canonical_text,
+    data_fingerprint,
+    digest_tensors,
+)
 from fusion.modelpool.fixed_head import ClassVectors, FixedHead, Simplex, set_fixed_head
 from fusion.modelpool.inheriting import HeadOrigin, inherit
 from fusion.modelpool.member import (
@@ -166,6 +171,10 @@ class TrainedModel(Member):
         assert self.architecture_spec is not None
         return on_meta(self.architecture_spec)
 
+    def architecture_key(self) -> str:
+        """Return the mapping of the architecture as text."""
+        return canonical_text(self.architecture_spec)
+
     def build(self, entry: Entry | None = None) -> nn.Module:
         """Return the trained network, training it first if necessary."""
         assert self.architecture_spec is not None
@@ -184,7 +193,7 @@ class TrainedModel(Member):
 
     def train(self, entry: Entry, *, wait: bool = True) -> bool:
         """Train the network if it is not in the cache; return whether it is there now."""
-        return self._kept(entry) is not None or self._make(entry, wait=wait) is not None
+        return self._kept(entry) is not None or self._train_under_lock(entry, wait=wait) is not None
 
     def stored(self, entry: Entry | None = None) -> TensorSource | None:
         """Return the cached weights, or None if it is not trained yet."""
@@ -247,12 +256,12 @@ class TrainedModel(Member):
     def _trained(self, entry: Entry) -> Path:
         """Return the file of the weights, training them first if it is missing or damaged."""
         if (kept := self._kept(entry)) is None:
-            kept = self._make(entry, wait=True)
+            kept = self._train_under_lock(entry, wait=True)
             assert kept is not None
         _note_found(entry.name, kept)
         return kept
 
-    def _make(self, entry: Entry, *, wait: bool) -> Path | None:
+    def _train_under_lock(self, entry: Entry, *, wait: bool) -> Path | None:
         """Train the weights unless another process does; None if it does and is not waited for."""
         with only_one(self.path(entry), entry.name, wait=wait) as held:
             if not held:
@@ -326,8 +335,8 @@ class TrainedModel(Member):
         outputs = None if known is None or wanted is None else known.positions(wanted)
         if known is None or outputs is None:
             raise UserError(
-                "a fixed head: the data set does not say what its classes are, and each has a row "
-                "of its own; give it class_names"
+                f"{fixed.option}: the data set does not say what its classes are, and each has a "
+                f"row of its own; give it class_names"
             )
         return set_fixed_head(model, find_head(model, named=entry.head), fixed, known, outputs)
 

@@ -50,6 +50,13 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_job_trains_the_members_together_with_other_jobs(modelpool, data, monkeypatch) -> None:
+    asked: list[BaseModelPool] = []
+    monkeypatch.setattr(BaseModelPool, "train", lambda pool: asked.append(pool))
+    benchmarked("simple_average", oracle=False).run(modelpool)
+    assert asked == [modelpool]
+
+
 def test_each_condition_is_the_method_with_these_options(modelpool, data) -> None:
     method = benchmarked(
         "task_arithmetic",

@@ -376,7 +376,6 @@ def test_a_damaged_file_is_trained_again_with_a_warning(
 SCRIPT = """
 import sys, json, logging, time
 from pathlib import Path
-from threading import Thread
 from fusion.modelpool import BaseModelPool, trained
 
 real = trained.fit
@@ -516,10 +515,20 @@ def test_a_file_of_vectors_that_cannot_be_a_head_is_refused_before_training(
     texts = {**{str(digit): torch.randn(4) for digit in range(10)}, **change}
     file = tmp_path / "texts.safetensors"
     save_safetensors(file, {key: value for key, value in texts.items() if value is not None})
+    make_pool(tmp_path, x=recipe([7, 2], head="simplex")).preflight()
     pool = make_pool(tmp_path, x=recipe([7, 2], head=str(file)))
     with pytest.raises(UserError, match=f"model 'x': head=.*texts.safetensors: .*{message}"):
         pool.preflight()
     assert trainings == []
+
+
+def test_a_file_needs_vectors_of_the_networks_own_classes_alone(tmp_path) -> None:
+    file = tmp_path / "texts.safetensors"
+    save_safetensors(file, {name: torch.randn(20) for name in "72"})
+    make_pool(tmp_path, x=recipe([7, 2], head=str(file))).preflight()
+    save_safetensors(file, {str(number): torch.randn(96) for number in range(40)})
+    with pytest.raises(UserError, match="keep only the vectors of the classes of all networks"):
+        make_pool(tmp_path, x=recipe([7, 2], head=str(file))).preflight()
 
 
 def test_a_head_that_is_neither_an_origin_nor_a_file_is_refused(tmp_path) -> None:
@@ -530,16 +539,22 @@ def test_a_head_that_is_neither_an_origin_nor_a_file_is_refused(tmp_path) -> Non
         pool.preflight()
 
 
-def test_a_pool_trains_what_no_other_process_trains_before_it_waits(tmp_path, trainings) -> None:
+def test_a_pool_trains_what_no_other_process_trains_and_then_waits(
+    tmp_path, trainings, caplog
+) -> None:
     other = {**recipe(), "dataset": {**DIGITS, "split": "test"}}
-    pool = make_pool(tmp_path, base=recipe(), child=recipe(init_from="base"), apart=other)
+    models = {"base": recipe(), "child": recipe(init_from="base"), "apart": other}
+    pool = make_pool(tmp_path, **models)
+    caplog.set_level(logging.INFO)
     with FileLock(path_of(pool, "base").with_suffix(".lock")):  # as another process
         thread = Thread(target=pool.train)
         thread.start()
-        while "apart" not in trainings:
-            assert thread.is_alive()
+        while thread.is_alive() and "base: waiting for another process" not in caplog.text:
+            time.sleep(0.02)
+        assert thread.is_alive()
         assert trainings == ["apart"]
+        assert path_of(pool, "apart").is_file()
     thread.join()
     assert trainings == ["apart", "base", "child"]
-    make_pool(tmp_path, base=recipe(), child=recipe(init_from="base"), apart=other).train()
+    make_pool(tmp_path, **models).train()
     assert len(trainings) == 3

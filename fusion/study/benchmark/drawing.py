@@ -110,7 +110,8 @@ def _prices(measured: Measured, best: pd.DataFrame) -> Iterator[Drawing]:
     rows = measured.methods
     # Networks without running statistics have no treatment of them: no mean over all settings.
     treated = rows.loc[rows["batch_norm"].isin(_TREATMENTS), "setting"]
-    block = shared_block(best[best["setting"].isin(treated)] if len(treated) else best)
+    with_batch_norm = best[best["setting"].isin(treated)]
+    block = shared_block(best if with_batch_norm.empty else with_batch_norm)
     rows = rows[rows["setting"].isin(block.index) & rows["method"].isin(block.columns)]
     rows = rows[rows["track"].isin((DEFAULTS, CHOSEN, ORACLE))]
     plain = under(measured.methods, RECALIBRATE, DEFAULTS)
@@ -125,7 +126,7 @@ def _prices(measured: Measured, best: pd.DataFrame) -> Iterator[Drawing]:
     )
     rows = rows.sort_values(["track", "batch_norm"], kind="stable", key=_in_order)
     over = f"in the mean of {len(block)} settings" if len(block) > 1 else f"on {block.index[0]}"
-    if len(treated) and len(block) > 1:
+    if len(with_batch_norm) and len(block) > 1:
         over += " with batch norm"
     table = _over_settings(rows, ["name", "group", "condition", "data"], len(block))
     priced = table[(table["condition"] != ORACLE) & table["multiply_adds"].notna()]

@@ -31,3 +31,12 @@ def test_without_any_batch_norm_the_figures_of_cost_show_all_settings(sweep: Swe
             sweep.methods(method, 0, {"defaults, pretrained": 0.9}, setting=setting)
     found = {drawing.stem: drawing for drawing in drawings(sweep.measured())}
     assert "in the mean of 2 settings against" in found["benchmark_data"].caption
+
+
+def test_the_figures_of_cost_wait_for_no_setting_without_scores(sweep: Sweep) -> None:
+    sweep.controls(0, {}, setting="norm_free")
+    for setting, treatment in {"norm_free": "pretrained", "without_controls": "merge"}.items():
+        for method in ("simple_average", "ties_merging"):
+            sweep.methods(method, 0, {f"defaults, {treatment}": 0.9}, setting=setting)
+    found = {drawing.stem: drawing for drawing in drawings(sweep.measured())}
+    assert "on norm_free against" in found["benchmark_data"].caption
