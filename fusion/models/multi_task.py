@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fusion.errors import UserError, suggestion
@@ -93,9 +95,15 @@ class MultiTaskNetwork(nn.Module):
     def forward(self, *inputs: Any, task: str | None = None) -> Any:
         """Return what the network of ``task`` returns for ``inputs``.
 
+        A mapping from tasks to images gives one from tasks to outputs. Modules that all tasks share
+        see these images as one batch where possible (see :meth:`outputs`), so that in training mode
+        batch norm normalises by the moments of the mixture, as its running statistics do later.
+
         Raises:
             UserError: there is no such task, or none was named and there are several.
         """
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            return self._together(inputs[0])
         if task is None and len(self._tasks) == 1:
             task = self._tasks[0]
         if task is None:
@@ -147,6 +155,17 @@ class MultiTaskNetwork(nn.Module):
         heads = {task: self.for_task(task).get_submodule(layer) for task in self._tasks}
         own = first.get_submodule(layer)
         return {task: output if h is own else h(calls[0][0]) for task, h in heads.items()}
+
+    def _together(self, images: Mapping[str, Tensor]) -> dict[str, Any]:
+        one_shape = len({batch.shape[1:] for batch in images.values()}) == 1
+        if not one_shape or (self.own_layer() is None and not self.has_trunk()):
+            return {task: self.for_task(task)(batch) for task, batch in images.items()}
+        outputs = self.outputs(torch.cat(list(images.values())))
+        ends = list(itertools.accumulate(len(batch) for batch in images.values()))
+        return {
+            task: outputs[task][end - len(batch) : end]
+            for (task, batch), end in zip(images.items(), ends, strict=True)
+        }
 
     def has_trunk(self) -> bool:
         """Return whether the tasks' networks are cut, and share everything before the cut."""

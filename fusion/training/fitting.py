@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fusion.data import batches, seed_from
 from fusion.errors import UserError
 from fusion.options import Count, NonNegative, Positive, Seed, checked
-from fusion.training.feeding import Feed, TrainingData
+from fusion.training.feeding import Feed, Part, TrainingData
 from fusion.training.freezing import freeze
 from fusion.training.history import Epoch, History, Scores
 from fusion.training.restoring import restored
@@ -61,11 +61,11 @@ def fit(
     pass (different images each time), for the sake of batch norm.
 
     Args:
-        model: takes images (N, C, H, W), returns logits (N, classes); with data of several tasks
-            it also takes the name of the task.
+        model: takes images (N, C, H, W), returns logits (N, classes).
         dataset: :class:`~fusion.data.ImageTensors`, or any map-style set of normalised tensors;
             or task → data set for a :class:`~fusion.models.MultiTaskNetwork`, whose loss is then
-            the mean over the tasks.
+            the mean over the tasks; each step passes images of all tasks through the network as
+            one batch.
         val: images to score after every pass, in the network's evaluation mode.
         epochs: passes over the data.
         lr: the highest learning rate.
@@ -143,11 +143,9 @@ def fit(
                 stepping.param_groups[0]["lr"] = next(rates)
                 losses = []
                 outputs = 0  # of the tasks so far: their classes are counted one after another
-                for part in parts:
-                    images = part.images
-                    if channels_last:
-                        images = images.contiguous(memory_format=torch.channels_last)
-                    logits = network(images, **_named(part.task))
+                for part, logits in zip(
+                    parts, _logits(network, parts, channels_last=channels_last), strict=True
+                ):
                     _check_outputs(logits, dataset, part.task)
                     losses.append(F.cross_entropy(logits, part.labels))
                     scorer.update(losses[-1], logits, part.labels, first=outputs)
@@ -190,6 +188,18 @@ def _default_fabric() -> Fabric:
     from lightning.fabric import Fabric  # here, because it takes seconds to import
 
     return Fabric(accelerator="auto", devices=1)
+
+
+def _logits(network: nn.Module, parts: Sequence[Part], *, channels_last: bool) -> list[Tensor]:
+    """Return the logits of each part of a batch; several tasks pass through the network at once."""
+    images = [part.images for part in parts]
+    if channels_last:
+        images = [batch.contiguous(memory_format=torch.channels_last) for batch in images]
+    tasks = [part.task for part in parts]
+    if tasks == [None]:
+        return [network(images[0])]
+    outputs = network(dict(zip(tasks, images, strict=True)))
+    return [outputs[task] for task in tasks]
 
 
 def _named(task: str | None) -> dict[str, str]:
