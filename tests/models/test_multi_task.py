@@ -146,3 +146,55 @@ def test_tasks_that_differ_in_more_than_a_layer_run_apart() -> None:
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for task, output in model.outputs(images).items():
         assert torch.equal(output, model(images, task=task))
+
+
+def test_in_training_a_shared_body_sees_images_of_all_tasks_as_one_batch(
+    parts, test_digits
+) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, own).train()
+    images = test_digits.normalise(test_digits.images[:48])
+    batches = {"b": images[:32] * 2 + 1, "a": images[32:]}  # of different brightness
+    mixture = copy.deepcopy(model.for_task("a"))
+    together = model(batches)
+    assert list(together) == ["b", "a"]
+    expected = mixture(torch.cat(list(batches.values())))
+    assert torch.equal(together["a"], expected[32:])
+    assert together["b"].shape == (32, model.for_task("b").linear.out_features)
+    buffers = dict(model.for_task("b").named_buffers())
+    assert buffers["bn1.num_batches_tracked"] == mixture.bn1.num_batches_tracked
+    for name, buffer in mixture.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+def test_tasks_with_their_own_running_statistics_see_their_own_images_alone(
+    parts, test_digits
+) -> None:
+    base, own = parts
+    norms = {
+        key: value
+        for key, value in base.state_dict().items()
+        if "running" in key or "num_batches" in key
+    }
+    own = {
+        task: {**state, **{k: v.clone() for k, v in norms.items()}} for task, state in own.items()
+    }
+    model = MultiTaskNetwork.assemble(base, own).train()
+    images = test_digits.normalise(test_digits.images[:48])
+    batches = {"a": images[:32] * 2 + 1, "b": images[32:]}
+    alone = {task: copy.deepcopy(model.for_task(task)) for task in batches}
+    together = model(batches)
+    for task, network in alone.items():
+        assert torch.equal(together[task], network(batches[task]))
+        mine = dict(model.for_task(task).named_buffers())
+        assert all(torch.equal(mine[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_images_of_different_size_pass_one_task_after_another(parts, test_digits) -> None:
+    base, own = parts
+    model = MultiTaskNetwork.assemble(base, own).eval()
+    images = test_digits.normalise(test_digits.images[:8])
+    larger = nn.functional.interpolate(images, size=12)
+    together = model({"a": images, "b": larger})
+    assert torch.equal(together["a"], model(images, task="a"))
+    assert torch.equal(together["b"], model(larger, task="b"))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
-from fusion.data import ClassSubset, ImageTensors
+from fusion.data import ClassSubset, ImageTensors, inverted
 from fusion.errors import UserError
+from fusion.models import MultiTaskNetwork, find_head
 from fusion.training import fit
 
 Make = Callable[..., nn.Module]
@@ -42,6 +43,23 @@ def test_it_learns_real_digits_and_reports_what_the_model_scores(
     assert last.train.loss < history.epochs[0].train.loss
     assert 0 < last.val.f1 <= 1
     assert history.trained_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_running_statistics_of_several_tasks_are_those_of_the_mixture(
+    net: Make, train_digits: ImageTensors
+) -> None:
+    body = net()
+    head = {key: body.state_dict()[key] for key in find_head(body).tensors}
+    model = MultiTaskNetwork.assemble(body, {"plain": head, "inverted": dict(head)})
+    data = {"plain": train_digits, "inverted": inverted(train_digits)}
+    fit(model, data, epochs=4, lr=1e-12)
+    images = torch.cat([torch.stack([image for image, _ in each]) for each in data.values()])
+    with torch.no_grad():
+        seen = body.conv1(images)
+    variance = model.for_task("plain").bn1.running_var
+    assert_close(variance, seen.var((0, 2, 3)), rtol=0.1, atol=0)
+    within = torch.stack([half.var((0, 2, 3)) for half in seen.chunk(2)]).mean(0)
+    assert (within < 0.8 * variance).any()  # means of the two tasks lie apart
 
 
 def test_f1_is_weighted_by_the_images_of_each_class(
