@@ -158,14 +158,21 @@ class MultiTaskNetwork(nn.Module):
 
     def _together(self, images: Mapping[str, Tensor]) -> dict[str, Any]:
         one_shape = len({batch.shape[1:] for batch in images.values()}) == 1
-        if not one_shape or (self.own_layer() is None and not self.has_trunk()):
+        has_trunk = self.has_trunk()
+        if not one_shape or not (has_trunk or self.own_layer()):
             return {task: self.for_task(task)(batch) for task, batch in images.items()}
-        outputs = self.outputs(torch.cat(list(images.values())))
-        ends = list(itertools.accumulate(len(batch) for batch in images.values()))
-        return {
-            task: outputs[task][end - len(batch) : end]
-            for (task, batch), end in zip(images.items(), ends, strict=True)
+        mixture = torch.cat(list(images.values()))
+        ends = itertools.accumulate(len(batch) for batch in images.values())
+        rows = {
+            task: slice(end - len(images[task]), end)
+            for task, end in zip(images, ends, strict=True)
         }
+        if has_trunk:  # a tail sees the images of its own task alone
+            values = self.networks[0].trunk(mixture)  # type: ignore[operator]
+            parts = {task: [value[own] for value in values] for task, own in rows.items()}
+            return {t: self.for_task(t).tail(part) for t, part in parts.items()}  # type: ignore[operator]
+        outputs = self.outputs(mixture)
+        return {task: outputs[task][own] for task, own in rows.items()}
 
     def has_trunk(self) -> bool:
         """Return whether the tasks' networks are cut, and share everything before the cut."""

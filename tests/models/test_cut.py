@@ -47,6 +47,28 @@ def test_the_values_at_a_cut_inside_a_block_are_the_branch_and_the_shortcut(base
     assert "layer2.0.conv1.weight" not in cuts["layer2.0.conv1"].trunk
 
 
+def test_in_training_the_trunk_sees_all_images_and_a_tail_those_of_its_task(
+    base, test_digits
+) -> None:
+    images = test_digits.normalise(test_digits.images[:48])
+    batches = {"a": images[:32] * 2 + 1, "b": images[32:]}
+    cut = CutNetwork(base, "layer3.0.conv1")
+    state = {k: v for k, v in base.state_dict().items() if k not in cut.cut.trunk}
+    own = {task: {k: v.clone() for k, v in state.items()} for task in batches}
+    network = MultiTaskNetwork.assemble(cut, own).train()
+    mixture, alone = copy.deepcopy(network), copy.deepcopy(network)
+    together = network(batches)
+    values = mixture.networks[0].trunk(torch.cat(list(batches.values())))
+    parts = {"a": [v[:32] for v in values], "b": [v[32:] for v in values]}
+    for task, part in parts.items():
+        assert torch.equal(together[task], alone.for_task(task).tail(part))
+    for expected in (mixture.for_task("a").bn1, network.for_task("b").bn1):
+        assert torch.equal(network.for_task("a").bn1.running_var, expected.running_var)
+    for task in batches:
+        tail, expected = (each.for_task(task).layer3[0].bn1 for each in (network, alone))
+        assert torch.equal(tail.running_var, expected.running_var)
+
+
 def test_the_trunk_runs_once_for_all_tasks(base, test_digits) -> None:
     images = test_digits.normalise(test_digits.images[:8])
     cut = CutNetwork(base, "layer3.0.conv1")
