@@ -229,24 +229,22 @@ class TrainedModel(Member):
 
     def _recipe(self, entry: Entry) -> str:
         parent = entry.parent
-        return json.dumps(
+        return canonical_text(
             {
                 "format": RECIPE_FORMAT,
                 "name": entry.name,
-                "architecture": canonical(self.architecture_spec),
+                "architecture": self.architecture_spec,
                 "dataset": data_fingerprint(self._dataset),
-                "classes": canonical(self._classes),
+                "classes": self._classes,
                 "init_from": None if parent is None else parent.fingerprint,
-                "preprocessing": canonical(entry.preprocessing),
+                "preprocessing": entry.preprocessing,
                 "parent_classes": parent.known.to_json() if parent and parent.known else None,
-                "head": [self._fixed.recipe if self._fixed else self._head, canonical(entry.head)],
+                "head": [self._fixed.recipe if self._fixed else self._head, entry.head],
                 "epochs": self.epochs,
-                "options": canonical(self.training_options),
+                "options": self.training_options,
                 "precision": self._precision,
                 "seed": self._seed,
-            },
-            sort_keys=True,
-            default=repr,
+            }
         )
 
     def _data(self, entry: Entry | None) -> Any:
