@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -270,16 +271,15 @@ class Members:
             part: start and end of the requested part of the tensor, counted in C order; only for
                 opened members. A part is flat.
         """
-        tensors = [_read(self.experts[name], chosen.key, part) for name in self.names]
-        base = None if self.base is None else _read(self.base, chosen.key, part)
-        dtype = working_dtype([*tensors, *([] if base is None else [base])])
+        read = self._whole if part is None else partial(self._part, part)
+        base, experts = read(chosen.key, torch.device(device))
         return Piece(
             key=chosen.key,
             layer=chosen.layer,
             bias=self.bias(chosen.layer),
             depth=chosen.depth,
-            base=None if base is None else _plain(base, device, dtype),
-            experts=torch.stack([_plain(t, device, dtype) for t in tensors]),
+            base=base,
+            experts=experts,
             names=self.names,
             shares=chosen.shares,
             statistics=statistics or {},
@@ -288,15 +288,31 @@ class Members:
             start=0 if part is None else part[0],
         )
 
+    def _whole(self, key: str, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Return the base's tensor and those of the experts, (n, *shape)."""
+        tensors = [self.experts[name][key] for name in self.names]
+        base = None if self.base is None else self.base[key]
+        dtype = working_dtype([*tensors, *([] if base is None else [base])])
+        experts = torch.stack([_plain(tensor, device, dtype) for tensor in tensors])
+        return None if base is None else _plain(base, device, dtype), experts
 
-def _read(source: Mapping[str, Tensor], key: str, part: tuple[int, int] | None) -> Tensor:
-    if part is None:
-        return source[key]
-    assert isinstance(source, TensorSource)
-    return source.read(key, *part)
+    def _part(
+        self, part: tuple[int, int], key: str, device: torch.device
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return a part of the base's tensor and of those of the experts, (n, length)."""
+        start, stop = part
+        sources = [self.experts[name] for name in self.names]
+        if isinstance(self.base, TensorSource):
+            sources.insert(0, self.base)
+        dtype = working_dtype(source.info(key) for source in sources)
+        rows = torch.empty(len(sources), stop - start, dtype=dtype)
+        for row, source in zip(rows, sources, strict=True):
+            source.read_into(row, key, start)
+        rows = rows.to(device)
+        return (None, rows) if self.base is None else (rows[0], rows[1:])
 
 
-def _plain(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _plain(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a tensor as rules see it: contiguous, and a single number as (1,)."""
     plain = tensor.detach().to(device, dtype).contiguous()
     return plain if plain.ndim else plain.view(1)

@@ -13,8 +13,9 @@ from fusion.weights.precision import working_dtype
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no entry is NaN or infinite; integers never are.
 
-    The check uses the smallest and the largest entry: ``isfinite`` writes a tensor of truth values
-    and takes several times as long.
+    NaN and infinite entries make the sum so, too, and a finite sum settles the matter in a fraction
+    of the time of ``isfinite``, which writes a tensor of truth values. A sum of large entries may
+    overflow: then the smallest and the largest entry decide.
 
     Example::
 
@@ -28,4 +29,6 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor.detach().to(working_dtype([tensor]))
+    if math.isfinite(float(wide.sum())):
+        return True
     return all(math.isfinite(extreme) for extreme in map(float, torch.aminmax(wide)))

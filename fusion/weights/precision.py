@@ -7,9 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fusion.weights.source import TensorInfo
 
-def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+
+def working_dtype(tensors: Iterable[Tensor | TensorInfo]) -> torch.dtype:
     """Return float32, or float64 if a tensor has it; half precisions are widened to float32.
+
+    Descriptions of tensors serve as well as tensors.
 
     Example::
 
@@ -20,7 +24,7 @@ def working_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """
     dtype = torch.float32
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.dtype.is_floating_point:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 

@@ -41,10 +41,10 @@ class SafetensorsSource(TensorSource):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         header = read_header(self.path)
-        self.metadata = header.metadata
+        self.metadata = dict(header.metadata)
         self.tied = _tied_names(self.path, self.metadata.pop(TIED, "{}"), header.infos)
-        self._infos = header.infos
-        self._starts = header.starts
+        self._infos = dict(header.infos)
+        self._starts = dict(header.starts)
         for name, kept in self.tied.items():
             self._infos[name] = self._infos[kept]
             self._starts[name] = self._starts[kept]
@@ -56,8 +56,19 @@ class SafetensorsSource(TensorSource):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read a part of the tensor ``name`` from the file, as a new vector in C order."""
         info = self._infos[name]
-        stop = min(stop, info.numel)
-        part = torch.empty(max(stop - start, 0), dtype=info.dtype)
+        part = torch.empty(max(min(stop, info.numel) - start, 0), dtype=info.dtype)
+        self._fill(part, name, start)
+        return part
+
+    def read_into(self, part: Tensor, name: str, start: int) -> None:
+        """Read elements of the tensor ``name`` from the file into ``part``."""
+        if part.dtype == self._infos[name].dtype and part.device.type == "cpu":
+            self._fill(part, name, start)
+        else:
+            super().read_into(part, name, start)
+
+    def _fill(self, part: Tensor, name: str, start: int) -> None:
+        info = self._infos[name]
         target = part.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._starts[name] + start * info.dtype.itemsize)
@@ -66,7 +77,6 @@ class SafetensorsSource(TensorSource):
                 if not count:
                     raise damaged(self.path, f"it ends within '{name}'")
                 target = target[count:]
-        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)

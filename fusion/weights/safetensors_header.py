@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -58,9 +59,9 @@ class Header:
         metadata: strings stored with the tensors.
     """
 
-    infos: dict[str, TensorInfo]
-    starts: dict[str, int]
-    metadata: dict[str, str]
+    infos: Mapping[str, TensorInfo]
+    starts: Mapping[str, int]
+    metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -72,6 +73,14 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise UserError(f"there is no file '{path}'; give the path of a safetensors checkpoint")
+    state = path.stat()
+    stamp = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return _read_header(path, stamp)
+
+
+@lru_cache(maxsize=64)  # a run asks for the header of each member dozens of times
+def _read_header(path: Path, stamp: tuple[int, ...]) -> Header:
+    """Read a header; ``stamp`` changes when the file does."""
     try:
         with safe_open(path, framework="np"):
             pass

@@ -60,6 +60,19 @@ class TensorSource(Mapping[str, Tensor]):
             KeyError: there is no such tensor.
         """
 
+    def read_into(self, part: Tensor, name: str, start: int) -> None:
+        """Read elements of the tensor ``name``, from ``start`` on, into the vector ``part``.
+
+        Args:
+            part: (k,) contiguous, of any dtype, on any device.
+            name: the tensor; it has ``start + k`` elements or more.
+            start: the first element, counted in C order.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        part.copy_(self.read(name, start, start + len(part)))
+
     def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor ``name``, without reading it."""
         try:
@@ -179,6 +192,10 @@ class RenamedSource(TensorSource):
         """Return a part of the tensor ``name`` as a vector in C order."""
         return self._source.read(self._names[name], start, stop)
 
+    def read_into(self, part: Tensor, name: str, start: int) -> None:
+        """Read elements of the tensor ``name`` into ``part``."""
+        self._source.read_into(part, self._names[name], start)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._source[self._names[name]]
 
@@ -208,6 +225,13 @@ class ConvertedSource(TensorSource):
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return a part of the tensor ``name`` as a vector in C order."""
         return self._source.read(name, start, stop).to(self._dtypes[name])
+
+    def read_into(self, part: Tensor, name: str, start: int) -> None:
+        """Read elements of the tensor ``name`` into ``part``."""
+        if self._source.info(name).dtype == self._dtypes[name]:
+            self._source.read_into(part, name, start)
+        else:
+            super().read_into(part, name, start)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._dtypes)

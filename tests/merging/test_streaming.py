@@ -435,14 +435,19 @@ def test_a_rule_of_ones_own_prepares_on_whole_tensors(
 
 def test_the_files_of_members_are_read_once_by_a_mean(written, base, peers, monkeypatch) -> None:
     read: list[int] = []
-    original = SafetensorsSource.read
+    whole, into = SafetensorsSource.read, SafetensorsSource.read_into
 
     def counting(self, name, start, stop):
-        part = original(self, name, start, stop)
+        part = whole(self, name, start, stop)
         read.append(part.nbytes)
         return part
 
+    def counting_into(self, part, name, start):
+        into(self, part, name, start)
+        read.append(part.nbytes)
+
     monkeypatch.setattr(SafetensorsSource, "read", counting)
+    monkeypatch.setattr(SafetensorsSource, "read_into", counting_into)
     networks = {"_pretrained_": base, **peers}
     Merge(rule=Mean(), streamed=True).run(written(networks))
     size = sum(t.nbytes for n in networks.values() for t in n.state_dict().values())

@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from fusion.errors import UserError
-from fusion.weights import SafetensorsSource, load_safetensors, read_metadata, save_safetensors
+from fusion.weights import (
+    ConvertedSource,
+    RenamedSource,
+    SafetensorsSource,
+    load_safetensors,
+    read_metadata,
+    safetensors_header,
+    save_safetensors,
+)
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16,
@@ -80,6 +88,31 @@ def test_scalars_have_no_dimension(path):
     save_safetensors(path, {"n": torch.tensor(7)})
     assert SafetensorsSource(path)["n"].shape == ()
     assert SafetensorsSource(path)["n"] == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_part_is_read_into_a_vector_of_any_type(dtype, path, make):
+    tensor = make(0, 4, 3, 5)
+    save_safetensors(path, {"w": tensor})
+    stored = SafetensorsSource(path)
+    as_half = ConvertedSource(stored, {"w": torch.float16})
+    for source in (stored, RenamedSource(stored, {"w": "w"}), as_half):
+        part = torch.zeros(9, dtype=dtype)
+        source.read_into(part, "w", 7)
+        assert torch.equal(part, source.read("w", 7, 16).to(dtype))
+
+
+def test_a_header_is_parsed_once_until_the_file_changes(path, make, monkeypatch):
+    parsed = []
+    library = safetensors_header.safe_open
+    monkeypatch.setattr(
+        safetensors_header, "safe_open", lambda *a, **k: parsed.append(a) or library(*a, **k)
+    )
+    for note in ("first", "other"):
+        save_safetensors(path, {"w": make(0, 4)}, {"note": note})
+        read_metadata(path)["note"] = "a copy"
+        assert [read_metadata(path)["note"] for _ in range(3)] == [note] * 3
+    assert len(parsed) == 2
 
 
 def test_asking_for_a_name_reads_nothing(path, make, monkeypatch):

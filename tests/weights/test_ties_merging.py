@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from fusion.errors import UserError
 from fusion.weights import ties, trim
+from fusion.weights.ties_merging import without_smaller
 
 BASE = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
 
@@ -67,3 +68,11 @@ def test_trim_keeps_all_entries_at_the_threshold():
 def test_the_density_is_a_share(density):
     with pytest.raises(UserError, match="density"):
         ties(BASE, [BASE], density=density)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entries_at_a_threshold_are_kept_to_the_last_bit(dtype, make):
+    change = make(0, dtype=dtype).flatten()
+    for threshold in [0.0, *change[:9].abs().tolist()]:
+        kept = without_smaller(change, threshold)
+        assert torch.equal(kept, torch.where(change.abs() >= threshold, change, 0))

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fusion.merging.rule import Need, Piece, Pieces, Rule
 from fusion.options import Fraction, checked
 from fusion.weights import ties
 from fusion.weights.largest import kth_largest
-from fusion.weights.ties_merging import sign_elected_mean
+from fusion.weights.ties_merging import sign_elected_mean, without_smaller
 
 Scope = Literal["network", "tensor"]
 
@@ -98,7 +97,7 @@ class Ties(Rule):
             experts = list(piece.experts)
             return ties(base, experts, piece.shares, density=self.density, scale=self.scale)
         trimmed = [
-            torch.where(change.abs() >= threshold, change, 0)
+            without_smaller(change, threshold)
             for change, threshold in zip(piece.changes, piece.plan, strict=True)
         ]
         return base.add(sign_elected_mean(trimmed, piece.shares), alpha=self.scale)
