@@ -88,7 +88,9 @@ def merge_in_stages(
             [layer for layer in chosen if with_head or layer.weight not in members.head]
         )
         some = LayerChoice({layer.name: choice.shares[layer.name] for layer in chosen})
-        tensors = merge_pieces(rule, pieces(some, found, plan), members)
+        tensors = merge_pieces(
+            rule, pieces(some, found, plan), members, device=exact_device(device)
+        )
         walk.advance(stage, tensors, found)
         merged |= tensors
     return merged

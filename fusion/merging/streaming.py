@@ -3,14 +3,13 @@
 An elementwise rule merges a long tensor in blocks. A block is read from every member's file,
 merged, and written to its place in the result's file; threads, one for each core, work at different
 blocks, so that one reads or writes while another computes. Any other rule merges whole tensors, one
-at a time.
+in each thread.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,13 +127,7 @@ class Stream:
         jobs = list(self._jobs(writer, contents, plan))
         # Writing is fastest in the order of the file; what is only checked comes last.
         jobs.sort(key=lambda job: places.get(job[0], len(places)))
-        # Whole tensors are worked on by torch's own threads, as they are in memory.
-        threads = (
-            threads_over_blocks(self._device, most=MOST_THREADS)
-            if self._rule.elementwise
-            else nullcontext(map)
-        )
-        with threads as each:
+        with threads_over_blocks(self._device, most=MOST_THREADS) as each:
             deque(each(_call, (job for _, job in jobs)), maxlen=0)
 
     def _jobs(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from fusion.merging.batch_norm import merged_statistics, statistics_keys
 from fusion.merging.members import LayerChoice, Members
 from fusion.merging.rule import Piece, Rule, TaskRule
 from fusion.weights import tensors_of, weighted_mean
+from fusion.weights.threads import threads_over_blocks
 
+MOST_THREADS = 8  # each has the tensors of separate layers in memory
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """State-dict key of a layer's weight (or any tensor) → name → statistics of the experts' data."""
 
@@ -49,22 +53,32 @@ def merge_parameters(
             plan=plan,
         )
 
-    return merge_pieces(rule, pieces(rule.prepare(pieces)), members)
+    return merge_pieces(rule, pieces(rule.prepare(pieces)), members, device=device)
 
 
-def merge_pieces(rule: Rule, pieces: Iterable[Piece], members: Members) -> dict[str, Tensor]:
+def merge_pieces(
+    rule: Rule, pieces: Iterable[Piece], members: Members, *, device: torch.device | str
+) -> dict[str, Tensor]:
     """Return the merged tensors of some layers, on the CPU, as a state dict has them.
+
+    On the CPU, threads work at different layers, unless the layers come with statistics, of which
+    several might not fit the memory.
 
     Args:
         rule: how one tensor is merged.
         pieces: the tensors; those of a layer follow each other.
         members: base and experts.
+        device: where the pieces are.
     """
     state = tensors_of(members.network)
+    layers = (list(layer) for _, layer in itertools.groupby(pieces, lambda piece: piece.layer.name))
+    threads = (
+        nullcontext(map) if rule.statistics else threads_over_blocks(device, most=MOST_THREADS)
+    )
     merged: dict[str, Tensor] = {}
-    for _, of_layer in itertools.groupby(pieces, key=lambda piece: piece.layer.name):
-        for key, tensor in _merge_layer(rule, list(of_layer), members).items():
-            merged[key] = _like(tensor, state[key])
+    with threads as each:
+        for tensors in each(partial(_merge_layer, rule, members), layers):
+            merged |= {key: _like(tensor, state[key]) for key, tensor in tensors.items()}
     return merged
 
 
@@ -72,7 +86,7 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to("cpu", other.dtype).view(other.shape)  # a rule sees a number as (1,)
 
 
-def _merge_layer(rule: Rule, pieces: Sequence[Piece], members: Members) -> dict[str, Tensor]:
+def _merge_layer(rule: Rule, members: Members, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """Return the merged tensors of one layer; weight and bias together for an affine rule.
 
     Where batch norm is folded into the layer, its running statistics are among them.

@@ -10,8 +10,6 @@ well above that.
 from __future__ import annotations
 
 import torch
-from scipy import linalg
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 from fusion.weights.precision import exact_device
@@ -19,9 +17,7 @@ from fusion.weights.precision import exact_device
 # Singular values below this share of the largest one are zeros with rounding: such directions
 # carry no information, and an SVD returns arbitrary vectors for them.
 NEGLIGIBLE = 1e-6
-# From this size on, LAPACK's routines for symmetric products and for a part of the eigenvectors,
-# which torch does not expose, outweigh the cost of calling them.
-LARGE = 96
+BLOCK = 128  # rows of a Gram matrix that are computed together
 
 
 def exact(matrices: Tensor) -> Tensor:
@@ -81,38 +77,19 @@ def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gram(matrices: Tensor) -> Tensor:
     """Return A Aᵀ for each matrix; only the lower triangle is filled."""
-    rows = matrices.shape[-2]
-    if matrices.device.type != "cpu" or rows < LARGE:
-        return matrices @ matrices.mT
-    # A symmetric product takes half of the operations of a general one.
-    grams = matrices.new_empty(*matrices.shape[:-2], rows, rows)
-    for gram, matrix in zip(grams.view(-1, rows, rows), matrices.flatten(0, -3), strict=True):
-        # BLAS takes columns: a matrix that is transposed in memory is passed without a copy.
-        if matrix.mT.is_contiguous():
-            product = dsyrk(1.0, matrix.numpy(), trans=0)
-        else:
-            product = dsyrk(1.0, matrix.contiguous().mT.numpy(), trans=1)
-        gram.copy_(torch.from_numpy(product.T))
+    grams = matrices.new_zeros(*matrices.shape[:-1], matrices.shape[-2])
+    for start in range(0, matrices.shape[-2], BLOCK):
+        # All columns up to the diagonal: a symmetric matrix takes half of the operations.
+        stop = start + BLOCK
+        rows = matrices[..., start:stop, :]
+        grams[..., start:stop, :stop] = rows @ matrices[..., :stop, :].mT
     return grams
 
 
 def _largest_eigenpairs(grams: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (…, count), from the largest, and vectors (…, m, count)."""
-    rows = grams.shape[-1]
-    if grams.device.type != "cpu" or rows < LARGE or not 0 < count <= rows // 2:
-        values, vectors = torch.linalg.eigh(grams, UPLO="L")
-        return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
-    # Reducing the matrix is a third of the work; the vectors that are not needed are the rest.
-    values = grams.new_empty(*grams.shape[:-2], count)
-    vectors = grams.new_empty(*grams.shape[:-1], count)
-    each = (grams.view(-1, rows, rows), values.view(-1, count), vectors.view(-1, rows, count))
-    for gram, value, vector in zip(*each, strict=True):
-        found = linalg.eigh(
-            gram.numpy(), lower=True, subset_by_index=[rows - count, rows - 1], check_finite=False
-        )
-        value.copy_(torch.from_numpy(found[0]).flip(0))
-        vector.copy_(torch.from_numpy(found[1]).flip(1))
-    return values, vectors
+    values, vectors = torch.linalg.eigh(grams, UPLO="L")
+    return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
 
 
 def _inverse(values: Tensor, beside: Tensor | None = None) -> Tensor:

@@ -28,4 +28,5 @@ def test_opposite_infinities_are_not_finite():
 
 
 def test_integers_and_empty_tensors_are_finite():
-    assert is_finite(torch.tensor([2**62])) and is_finite(torch.empty(0))
+    assert is_finite(torch.tensor([2**62]))
+    assert is_finite(torch.empty(0))

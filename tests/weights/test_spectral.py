@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fusion.weights.spectral import LARGE, leading_components, polar
+from fusion.weights.spectral import BLOCK, leading_components, polar
 
-SHAPES = [(6, 20), (20, 6), (8, 8), (LARGE + 10, 2 * LARGE), (2 * LARGE, LARGE + 10)]
+SHAPES = [(6, 20), (20, 6), (8, 8), (BLOCK + 10, 2 * BLOCK), (2 * BLOCK, BLOCK + 10)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -70,11 +70,10 @@ def test_rounding_beside_large_operands_is_no_direction(make) -> None:
     assert leading_components(remainder, 2)[1].all()
 
 
-def test_large_stacks_are_computed_as_small_ones(make, monkeypatch) -> None:
-    """LAPACK's symmetric routines and torch agree."""
-    matrices = trained(make, LARGE + 4, LARGE + 30)
+def test_blocks_of_rows_make_up_the_products_of_all(make, monkeypatch) -> None:
+    matrices = trained(make, 2 * BLOCK + 4, 2 * BLOCK + 30)
     results = [leading_components(side, 9) for side in (matrices, matrices.mT.contiguous())]
-    monkeypatch.setattr("fusion.weights.spectral.LARGE", 10**6)
+    monkeypatch.setattr("fusion.weights.spectral.BLOCK", 10**6)
     plain = leading_components(matrices, 9)
     for left, values, right in (results[0], results[1][::-1]):
         assert_close(values, plain[1])
