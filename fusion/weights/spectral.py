@@ -10,6 +10,7 @@ well above that.
 from __future__ import annotations
 
 import torch
+from scipy import linalg
 from torch import Tensor
 
 from fusion.weights.precision import exact_device
@@ -18,6 +19,7 @@ from fusion.weights.precision import exact_device
 # carry no information, and an SVD returns arbitrary vectors for them.
 NEGLIGIBLE = 1e-6
 BLOCK = 128  # rows of a Gram matrix that are computed together
+LARGE = 96  # rows from which on computing some of the eigenvectors outweighs the cost of the calls
 
 
 def exact(matrices: Tensor) -> Tensor:
@@ -26,7 +28,11 @@ def exact(matrices: Tensor) -> Tensor:
 
 
 def leading_components(
-    matrices: Tensor, count: int, *, beside: Tensor | None = None
+    matrices: Tensor,
+    count: int,
+    *,
+    beside: Tensor | None = None,
+    without: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``count`` largest singular values of each matrix and their vectors.
 
@@ -35,22 +41,34 @@ def leading_components(
         count: number of singular values, 0 to min(m, c).
         beside: (…), norms of the operands that the matrices are a difference of; values that are
             negligible relative to these count as rounding, too.
+        without: (…, m, k), orthonormal columns or zeros L: the components are those of
+            (I - L Lᵀ) A, a matrix of which only the Gram matrix is formed.
 
     Returns:
         Left vectors (…, m, count), singular values (…, count) from the largest, right vectors
         (…, c, count), all float64. Negligible values and their vectors are exactly 0.
     """
     matrices = exact(matrices)
-    if matrices.shape[-2] > matrices.shape[-1]:
-        right, values, left = leading_components(matrices.mT, count, beside=beside)
-        return left, values, right
-    squares, vectors = _largest_eigenpairs(_gram(matrices), count)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    gram = _gram(wide)
+    if without is not None and tall:
+        inside = without.mT @ matrices
+        gram -= inside.mT @ inside
+    elif without is not None:
+        gram = gram.tril() + gram.tril(-1).mT
+        gram = _projected(_projected(gram, without).mT, without)
+    squares, near = _largest_eigenpairs(gram, count)
     values = squares.clamp(min=0).sqrt()
     inverse = _inverse(values, beside)
     values = values.where(inverse > 0, 0)
-    left = vectors * (inverse > 0)[..., None, :]
-    right = matrices.mT @ (left * inverse[..., None, :])
-    return left, values, right
+    near = near * (inverse > 0)[..., None, :]
+    if without is not None and not tall:
+        near = _projected(near, without)  # they are there already, up to rounding
+    far = wide.mT @ (near * inverse[..., None, :])
+    if without is not None and tall:
+        far = _projected(far, without)
+    return (far, values, near) if tall else (near, values, far)
 
 
 def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +93,11 @@ def polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return whitening @ matrices, values
 
 
+def _projected(matrices: Tensor, without: Tensor) -> Tensor:
+    """Return (I - L Lᵀ) A for the columns L of ``without``."""
+    return matrices - without @ (without.mT @ matrices)
+
+
 def _gram(matrices: Tensor) -> Tensor:
     """Return A Aᵀ for each matrix; only the lower triangle is filled."""
     grams = matrices.new_zeros(*matrices.shape[:-1], matrices.shape[-2])
@@ -88,8 +111,21 @@ def _gram(matrices: Tensor) -> Tensor:
 
 def _largest_eigenpairs(grams: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (…, count), from the largest, and vectors (…, m, count)."""
-    values, vectors = torch.linalg.eigh(grams, UPLO="L")
-    return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+    rows = grams.shape[-1]
+    if grams.device.type != "cpu" or rows < LARGE or not 0 < count <= rows // 2:
+        values, vectors = torch.linalg.eigh(grams, UPLO="L")
+        return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+    # LAPACK can leave out the vectors that are not needed, two thirds of the work; torch cannot.
+    values = grams.new_empty(*grams.shape[:-2], count)
+    vectors = grams.new_empty(*grams.shape[:-1], count)
+    each = (grams.view(-1, rows, rows), values.view(-1, count), vectors.view(-1, rows, count))
+    for gram, value, vector in zip(*each, strict=True):
+        found = linalg.eigh(
+            gram.numpy(), lower=True, subset_by_index=[rows - count, rows - 1], check_finite=False
+        )
+        value.copy_(torch.from_numpy(found[0]).flip(0))
+        vector.copy_(torch.from_numpy(found[1]).flip(1))
+    return values, vectors
 
 
 def _inverse(values: Tensor, beside: Tensor | None = None) -> Tensor:

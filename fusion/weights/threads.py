@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def threads_over_blocks(
 
     One thread per block is faster than torch's threads within each operation, because each block
     fits into the cache, reading overlaps with computing, and LAPACK gains little from threads.
-    Meanwhile torch uses a single thread. Blocks are requested as they are needed, two for each
+    Meanwhile torch and the BLAS of scipy use a single thread. Blocks are requested as they are needed, two for each
     thread. An error cancels the blocks that have not started.
 
     Args:
@@ -35,7 +36,8 @@ def threads_over_blocks(
     count = cores() if most is None else min(cores(), most)
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield partial(_map, pool, 2 * count)
+        with threadpool_limits(1, user_api="blas"):
+            yield partial(_map, pool, 2 * count)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(inside)

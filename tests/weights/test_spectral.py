@@ -79,3 +79,19 @@ def test_blocks_of_rows_make_up_the_products_of_all(make, monkeypatch) -> None:
         assert_close(values, plain[1])
         product = (left * values[..., None, :]) @ right.mT
         assert_close(product, (plain[0] * plain[1][..., None, :]) @ plain[2].mT)
+
+
+@shapes
+def test_components_without_some_directions_are_those_of_the_rest(shape, make) -> None:
+    matrices = trained(make, *shape)
+    norms = torch.linalg.matrix_norm(matrices).double()
+    first = leading_components(matrices, 3)[0]
+    rest = matrices.double() - first @ (first.mT @ matrices.double())
+    u, s, v = leading_components(rest, 2, beside=norms)
+    left, values, right = leading_components(matrices, 2, beside=norms, without=first)
+    assert_close(values, s)
+    assert_close((left * values[..., None, :]) @ right.mT, (u * s[..., None, :]) @ v.mT)
+    assert (first.mT @ left).abs().max() < 1e-12
+    everything = torch.linalg.qr(matrices.double())[0]
+    for part in leading_components(matrices, 2, beside=norms, without=everything):
+        assert not part.any()

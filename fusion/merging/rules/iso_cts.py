@@ -67,10 +67,10 @@ class IsoCTS(MatrixRule):
         else:
             norms = exact(torch.linalg.matrix_norm(changes).amax(0))
             components = [leading_components(total, rank - n * own, beside=norms)]
-            common = components[0][0].to(changes)
+            common = components[0][0]
             for change, share in zip(changes, piece.relative_shares.tolist(), strict=True):
-                rest = share * (change - common @ (common.mT @ change))
-                components.append(leading_components(rest, own, beside=norms))
+                own_part = leading_components(share * change, own, beside=norms, without=common)
+                components.append(own_part)
             sides = zip(*components, strict=True)
             left, values, right = (torch.cat(parts, dim=-1) for parts in sides)
             directions = polar(left)[0].to(changes) @ polar(right)[0].mT.to(changes)
