@@ -302,7 +302,8 @@ class Members:
         """Return a part of the base's tensor and of those of the experts, (n, length)."""
         start, stop = part
         sources = [self.experts[name] for name in self.names]
-        if isinstance(self.base, TensorSource):
+        if self.base is not None:
+            assert isinstance(self.base, TensorSource)
             sources.insert(0, self.base)
         dtype = working_dtype(source.info(key) for source in sources)
         rows = torch.empty(len(sources), stop - start, dtype=dtype)
