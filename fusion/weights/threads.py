@@ -22,8 +22,8 @@ def threads_over_blocks(
 
     One thread per block is faster than torch's threads within each operation, because each block
     fits into the cache, reading overlaps with computing, and LAPACK gains little from threads.
-    Meanwhile torch and the BLAS of scipy use a single thread. Blocks are requested as they are needed, two for each
-    thread. An error cancels the blocks that have not started.
+    Meanwhile torch and the BLAS of scipy use a single thread. Blocks are requested as they are
+    needed, two for each thread. An error cancels the blocks that have not started.
 
     Args:
         device: where the blocks are computed.
